@@ -1,0 +1,462 @@
+"""transformers as a host: find the attention sites of a model, replace their operators, undo it, load it again.
+
+Attention is intercepted where every architecture hands it over: transformers' AttentionInterface, after projection,
+norms and rotary embedding. A mask function keeps the 2-D padding mask, and a hook on each site swaps its cache layer
+for one that holds the states of our operators. No attention module is rebuilt, so each keeps its own details.
+
+An exported checkpoint carries this file and `kernels`; it must import nothing else of attnconvert.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.masking_utils import AttentionMaskInterface
+
+from ...kernels import operators
+from ...kernels.call import Call, map_state, state_bytes
+from ...kernels.spec import Full, Spec, label, spec_from_dict, spec_to_dict
+
+NAME = "attnconvert"  # of the attention implementation, the submodule of a site, the config block and the model type
+FORMAT = 1  # of the config block
+REFUSED = ("position_bias", "head_mask", "cache", "cu_seq_lens_q", "encoder_hidden_states")
+
+Observer = Callable[["SiteOperators", Tensor, Tensor, Tensor, Call], "Tensor | None"]
+
+
+class Unsupported(ValueError):
+    """The model, or something asked of it, is beyond what can be converted; the message names the module and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One self-attention: `name` of its module, layer index, query heads, KV heads, head dimension, own window."""
+
+    name: str
+    layer: int
+    heads: int
+    kv_heads: int
+    dim: int
+    limit: int | None = None
+
+
+class SiteOperators(nn.Module):
+    """What attnconvert hangs into an attention module: the operator of each KV group and what it learned.
+
+    `active` False runs full attention everywhere: the teacher. An `observer` sees every call and may answer it.
+    """
+
+    def __init__(self, site: Site, specs: Sequence[Spec]) -> None:
+        super().__init__()
+        if len(specs) != site.kv_heads:
+            raise ValueError(f"{site.name} has {site.kv_heads} KV groups but the plan names {len(specs)} operators")
+        self.site, self.specs = site, tuple(specs)
+        self.active = True
+        self.observer: Observer | None = None
+        self.layer: OperatorLayer | None = None
+        self.parts = [(s, _run([i for i, x in enumerate(specs) if x == s])) for s in dict.fromkeys(specs)]
+        group = site.heads // site.kv_heads
+        self.query_heads = [_run([h * group + g for h in _members(kv) for g in range(group)]) for _, kv in self.parts]
+        order = [h for q in self.query_heads for h in _members(q)]
+        self.inverse = None if order == sorted(order) else [order.index(h) for h in range(site.heads)]
+        for spec, kv in self.parts:
+            heads = len(_members(kv))
+            learned = operators.of(spec).parameters(spec, heads * group, heads, site.dim)
+            if learned is not None:
+                self.add_module(label(spec), learned)
+
+    def learned(self, spec: Spec) -> nn.Module | None:
+        """The feature maps and gates of one operator, or None."""
+        return self._modules.get(label(spec))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        """q (B, H, Q, D), k, v (B, Hk, Q, D), all of the new tokens → (B, H, Q, D)"""
+        if self.observer is not None:
+            answer = self.observer(self, q, k, v, call)
+            if answer is not None:
+                return answer
+        layer, self.layer = self.layer, None
+        everything: list[tuple[Spec, Any]] = [(Full(), None)]
+        parts = self.parts if self.active else everything
+        states = layer.begin(self, len(parts), q.shape[2]) if layer is not None else [None] * len(parts)
+        outputs = []
+        for n, (spec, kv) in enumerate(parts):
+            whole = len(parts) == 1
+            heads = None if whole else self.query_heads[n]
+            mine = (q, k, v) if whole else (q[:, heads], k[:, kv], v[:, kv])
+            o, states[n] = operators.attend(spec, *mine, call.heads(heads), states[n], self.learned(spec))
+            outputs.append(o)
+        if layer is not None:
+            layer.states = states
+        o = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+        return o if len(outputs) == 1 or self.inverse is None else o[:, self.inverse]
+
+
+def _run(indices: list[int]) -> Any:
+    """A slice where the indices are contiguous, so that taking those heads is a view."""
+    contiguous = indices == list(range(indices[0], indices[0] + len(indices)))
+    return slice(indices[0], indices[-1] + 1) if contiguous else indices
+
+
+def _members(run: Any) -> list[int]:
+    return list(range(run.start, run.stop)) if isinstance(run, slice) else run
+
+
+class OperatorLayer(CacheLayerMixin):
+    """The cache of one site: the state of each operator in it instead of all keys and values."""
+
+    is_sliding = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self.seen = 0
+        self.owner: tuple[SiteOperators, bool] | None = None
+        self.states: list[Any] = []
+
+    def begin(self, site: SiteOperators, parts: int, new: int) -> list[Any]:
+        """The states before `new` tokens; counts them."""
+        if self.owner is None:
+            self.owner, self.states = (site, site.active), [None] * parts
+        elif self.owner[1] != site.active:
+            raise Unsupported("a cache made by the teacher was given to the student, or the reverse: start a new one")
+        self.seen += new
+        return self.states
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hands back the new keys and values only; the operators keep what they need."""
+        return key_states, value_states
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to allocate before the first call."""
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + int(query_length), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def state_bytes(self) -> int:
+        """Bytes held, measured on the tensors themselves."""
+        return sum(state_bytes(state) for state in self.states if state is not None)
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.states = [None if state is None else map_state(state, change) for state in self.states]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._change(lambda x: x[indices])
+
+    def offload(self) -> None:
+        raise Unsupported("a converted model's cache cannot be offloaded: it is small by design; turn offloading off")
+
+    def reset(self) -> None:
+        self.seen, self.owner, self.states = 0, None, []
+
+    def crop(self, *args: Any) -> None:
+        raise Unsupported(
+            "a converted model cannot take tokens back from its cache (crop): windows and states have forgotten what was "
+            "before. Assisted decoding and prompt lookup need that; generate without them"
+        )
+
+
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls for every site. query (B, H, Q, D), key, value (B, Hk, Q, D) → (B, Q, H, D), None"""
+    site = module._modules.get(NAME)
+    if not isinstance(site, SiteOperators):
+        raise Unsupported(f"{type(module).__name__} is not in the plan's model: install a plan before running it")
+    for name in REFUSED:
+        if others.get(name) is not None:
+            raise Unsupported(f"{site.site.name} passes {name} to its attention, which no operator here knows")
+    seen = site.layer.seen if site.layer is not None else 0
+    if attention_mask is not None and attention_mask.shape != (query.shape[0], seen + query.shape[2]):
+        raise Unsupported(
+            f"{site.site.name}: the attention mask has shape {tuple(attention_mask.shape)}; a converted model takes a padding "
+            f"mask of (batch, tokens so far) = {(query.shape[0], seen + query.shape[2])}"
+        )
+    if query.dtype != value.dtype:  # autocast leaves rotated queries and keys in fp32
+        query, key = query.to(value.dtype), key.to(value.dtype)
+    call = Call(
+        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        seen=seen,
+        valid=attention_mask,
+        softcap=softcap,
+        sink_logits=s_aux,
+        limit=sliding_window,
+    )
+    return site(query, key, value, call).transpose(1, 2), None
+
+
+def mask_function(
+    batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **others: Any
+) -> Tensor | None:
+    """Keeps the padding mask (B, tokens so far) as it is, or None where every token is real."""
+    packed = "packed_sequence" in getattr(others.get("mask_function"), "__qualname__", "")
+    if packed or others.get("use_vmap"):
+        raise Unsupported("packed sequences and custom mask functions are not supported: pad the batch instead")
+    return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+
+
+def _swap_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a site runs: make its cache layer ours. The argument is named differently from model to model."""
+    site: Any = module._modules[NAME]
+    cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
+    site.layer = None
+    if cache is None:
+        return
+    index = site.site.layer
+    while len(cache.layers) <= index:
+        cache.layers.append(DynamicLayer())
+    layer = cache.layers[index]
+    if not isinstance(layer, OperatorLayer):
+        if isinstance(layer, StaticLayer):
+            raise Unsupported("a converted model has no static cache: its states are small and fixed; use the default cache")
+        if layer.get_seq_length() > 0:
+            raise Unsupported("the cache was filled by another model: start a new one")
+        layer = cache.layers[index] = OperatorLayer()
+    site.layer = layer
+
+
+AttentionInterface.register(NAME, attention_function)
+AttentionMaskInterface.register(NAME, mask_function)
+
+
+class Conversion:
+    """A plan at work in a model. `teacher()` switches it off for a while, `remove()` takes it out again."""
+
+    def __init__(self, model: PreTrainedModel, plan: Mapping[Site, Sequence[Spec]]) -> None:
+        self.model = model
+        self.before = model.config._attn_implementation
+        self.sites: dict[str, SiteOperators] = {}
+        self.hooks = []
+        for site, specs in plan.items():
+            module = _submodule(model, site.name)
+            if NAME in module._modules:
+                raise ValueError(f"{site.name} is converted already: remove the first conversion")
+            where = next((p for p in module.parameters(recurse=True)), None)
+            mine = SiteOperators(site, specs)
+            mine = mine if where is None or where.is_meta else mine.to(where.device)
+            module.add_module(NAME, mine)
+            self.sites[site.name] = mine
+            self.hooks.append(module.register_forward_pre_hook(_swap_cache_layer, with_kwargs=True))
+        self.was_stateful = getattr(model, "_is_stateful", False)
+        model._is_stateful = True  # generate then refuses to roll back before it starts
+        model.set_attn_implementation(NAME)
+
+    @contextlib.contextmanager
+    def teacher(self) -> Iterator[None]:
+        """Full attention everywhere: the original model."""
+        with _setting(self.sites.values(), "active", False):
+            yield
+
+    @contextlib.contextmanager
+    def observe(self, observer: Observer) -> Iterator[None]:
+        """`observer` sees q, k, v of every site and may answer in its place."""
+        with _setting(self.sites.values(), "observer", observer):
+            yield
+
+    def learned(self) -> dict[str, nn.Parameter]:
+        """Feature maps and gates by their names in the model's state dict."""
+        return {
+            f"{name}.{NAME}.{key}": p for name, site in self.sites.items() for key, p in site.named_parameters()
+        }
+
+    def remove(self) -> None:
+        """Leave the model as it was found."""
+        for hook in self.hooks:
+            hook.remove()
+        for name in self.sites:
+            del _submodule(self.model, name)._modules[NAME]
+        self.model._is_stateful = self.was_stateful
+        self.model.set_attn_implementation(self.before)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise Unsupported(f"{type(model).__name__} has no module {name!r}: the plan is of another model") from None
+
+
+@contextlib.contextmanager
+def _setting(objects: Any, attribute: str, value: Any) -> Iterator[None]:
+    objects = list(objects)
+    before = [getattr(x, attribute) for x in objects]
+    try:
+        for x in objects:
+            setattr(x, attribute, value)
+        yield
+    finally:
+        for x, old in zip(objects, before, strict=True):
+            setattr(x, attribute, old)
+
+
+@torch.no_grad()
+def find_sites(model: PreTrainedModel, tolerance: float = 1e-5) -> list[Site]:
+    """The sites of a model, found by running it: what calls the attention interface is a site.
+
+    The model then runs once with all of them full, and must give what it gave untouched.
+
+    Raises:
+        Unsupported: no attention reaches the interface, only some does, or something in it is not known here.
+    """
+    ids = torch.arange(1, 8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    before = model.config._attn_implementation
+    seen: dict[nn.Module, tuple[Any, ...]] = {}
+
+    def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        heads, kv_heads = query.shape[1], key.shape[1]
+        if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
+            raise Unsupported(f"{type(module).__name__} is not causal: only causal language models are converted so far")
+        if query.shape[-1] != value.shape[-1]:
+            raise Unsupported(f"{type(module).__name__}: keys of {query.shape[-1]} and values of {value.shape[-1]} differ")
+        seen[module] = (heads, kv_heads, query.shape[-1], kwargs.get("sliding_window"))
+        return query.new_zeros(query.shape).transpose(1, 2), None
+
+    AttentionInterface.register(f"{NAME}_probe", record)
+    AttentionMaskInterface.register(f"{NAME}_probe", lambda *a, **k: None)
+    want = model(ids, use_cache=False).logits
+    try:
+        model.set_attn_implementation(f"{NAME}_probe")
+        model(ids, use_cache=False)
+    except ValueError as error:
+        if isinstance(error, Unsupported):
+            raise
+        raise Unsupported(f"{type(model).__name__} refuses a registered attention function: {error}") from error
+    finally:
+        model.set_attn_implementation(before)
+    names = {module: name for name, module in model.named_modules()}
+    _refuse_missed(model, seen, names)
+    sites = []
+    for module, (heads, kv_heads, dim, limit) in seen.items():
+        index = getattr(module, "layer_idx", None)
+        if index is None:
+            raise Unsupported(f"{names[module]} has no layer index, so its cache cannot be found")
+        sites.append(Site(names[module], index, heads, kv_heads, dim, limit))
+    _check_full(model, sites, ids, want, tolerance)
+    return sorted(sites, key=lambda s: s.layer)
+
+
+def _refuse_missed(model: nn.Module, seen: Mapping[nn.Module, Any], names: Mapping[nn.Module, str]) -> None:
+    """A module that looks like attention and was not called would stay dense without a word."""
+    looks = [m for m in names if type(m).__name__.endswith("Attention") and not any(c in seen for c in m.modules())]
+    if not seen:
+        found = f" ({type(looks[0]).__name__} at {names[looks[0]]})" if looks else ""
+        raise Unsupported(
+            f"no attention of {type(model).__name__} goes through transformers' AttentionInterface{found}: nothing can be converted"
+        )
+    if looks:
+        raise Unsupported(
+            f"{names[looks[0]]} ({type(looks[0]).__name__}) does not go through transformers' AttentionInterface"
+        )
+
+
+def _check_full(model: PreTrainedModel, sites: list[Site], ids: Tensor, want: Tensor, tolerance: float) -> None:
+    conversion = Conversion(model, {site: [Full()] * site.kv_heads for site in sites})
+    try:
+        got = model(ids, use_cache=False).logits
+    finally:
+        conversion.remove()
+    error = (got - want).abs().max().item() / max(want.abs().max().item(), 1e-6)
+    limit = max(tolerance, 8 * torch.finfo(want.dtype).eps)
+    if not error <= limit:
+        raise Unsupported(
+            f"{type(model).__name__}: attention with every head full differs from the untouched model by {error:.1e} "
+            f"(relative, limit {limit:.1e}); something in its attention is not known here"
+        )
+
+
+def plan_block(base: str, plan: Mapping[Site, Sequence[Spec]]) -> dict[str, Any]:
+    """The `attnconvert` block of an exported config.json of class `base`; `read_plan_block` is its inverse."""
+    specs = {label(s): spec_to_dict(s) for groups in plan.values() for s in groups}
+    sites = {
+        site.name: {**dataclasses.asdict(site), "groups": [label(s) for s in groups]} for site, groups in plan.items()
+    }
+    for entry in sites.values():
+        del entry["name"]
+    return {"format": FORMAT, "base": base, "operators": specs, "sites": sites}
+
+
+def read_plan_block(block: Mapping[str, Any]) -> dict[Site, list[Spec]]:
+    """Sites and operators from the block of a config.json."""
+    if block.get("format") != FORMAT:
+        raise Unsupported(f"the checkpoint's attnconvert format is {block.get('format')!r}, this code reads {FORMAT}")
+    specs = {name: spec_from_dict(given) for name, given in block["operators"].items()}
+    plan = {}
+    for name, entry in block["sites"].items():
+        settings = {key: value for key, value in entry.items() if key != "groups"}
+        plan[Site(name, **settings)] = [specs[x] for x in entry["groups"]]
+    return plan
+
+
+def converted_classes(base: type[PreTrainedModel]) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """The config and model class that load a converted checkpoint of a stock class such as LlamaForCausalLM.
+
+    The model type is `attnconvert`, so that nothing takes the checkpoint for the dense model.
+    """
+    stock: Any = base.config_class
+
+    class Config(stock):  # type: ignore[misc]
+        model_type = NAME
+
+    class Model(base):  # type: ignore[misc,valid-type]
+        config_class = Config
+
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            self.conversion = Conversion(self, read_plan_block(config.attnconvert))
+
+        def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+            if attn_implementation != NAME:
+                warnings.warn(f"{type(self).__name__} keeps its own attention; {attn_implementation!r} is not used", stacklevel=2)
+                attn_implementation = NAME
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    Config.__name__ = Config.__qualname__ = f"Converted{stock.__name__}"
+    Model.__name__ = Model.__qualname__ = f"Converted{base.__name__}"
+    return Config, Model
+
+
+class ConvertedConfig(PreTrainedConfig):
+    """What AutoConfig reads for the model type `attnconvert`: it becomes the config of the stock class beneath."""
+
+    model_type = NAME
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config of the converted class, which is registered with AutoModelForCausalLM on the way."""
+        import transformers
+
+        name = config_dict[NAME]["base"]
+        config_class, model_class = converted_classes(getattr(transformers, name))
+        AutoModelForCausalLM.register(config_class, model_class)
+        return config_class.from_dict(config_dict, **kwargs)

@@ -1,0 +1,208 @@
+"""What the sections of a recipe are made of: its base class, numbers and operators."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PlainSerializer,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from ..kernels.spec import OPERATORS, Spec, spec_from_dict, spec_to_dict
+from .recipe_errors import show
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+Whole = Annotated[int, Field(strict=True, ge=0)]
+Length = Annotated[int, Field(strict=True, ge=8)]
+Flag = Annotated[bool, Field(strict=True)]
+Positive = Annotated[float, Field(strict=True, gt=0)]
+AtLeastZero = Annotated[float, Field(strict=True, ge=0)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+AtLength = dict[Annotated[int, Field(ge=8)], Positive]  # context length in tokens: bound
+
+Conflict = tuple[tuple[str | int, ...], str]  # where in the section, and what is wrong there
+
+
+def exactly_one(fields: Mapping[str, Any], *names: str) -> Iterator[Conflict]:
+    """A conflict unless one of the named fields is given; silent while one of them is wrong by itself."""
+    if not set(names) <= set(fields):
+        return
+    given = [name for name in names if fields[name] is not None]
+    if len(given) != 1:
+        yield (), f"give exactly one of {', '.join(names)}; given: {', '.join(given) or 'none'}"
+
+
+def _located(where: tuple[str | int, ...], message: str, given: object) -> InitErrorDetails:
+    return InitErrorDetails(
+        type=PydanticCustomError("recipe", "{message}", {"message": message}), loc=where, input=given
+    )
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe that refuses unknown keys.
+
+    It tells all that is wrong with it at once: pydantic validates each field, and `conflicts` what concerns several
+    fields together, also when other fields of the section are wrong.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def conflicts(cls, fields: Mapping[str, Any]) -> Iterator[Conflict]:
+        """What is wrong between fields; `fields` holds those that are valid by themselves, defaults included."""
+        yield from ()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _tell_everything(cls, data: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        found: list[InitErrorDetails] = []
+        result = None
+        try:
+            result = handler(data)
+            fields = {name: getattr(result, name) for name in cls.model_fields}
+        except ValidationError as error:
+            if not isinstance(data, Mapping):
+                raise
+            found = [_again(details) for details in error.errors(include_url=False)]
+            fields = cls._valid_fields(data, {details["loc"][0] for details in error.errors() if details["loc"]})
+        found += [_located(where, message, data) for where, message in cls.conflicts(fields)]
+        if found:
+            raise ValidationError.from_exception_data(cls.__name__, found)
+        return result
+
+    @classmethod
+    def _valid_fields(cls, data: Mapping[str, Any], wrong: set[str | int]) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        for name, info in cls.model_fields.items():
+            if name in wrong:
+                continue
+            if name in data:
+                adapter: TypeAdapter[Any] = TypeAdapter(Annotated[info.annotation, info])  # type: ignore[arg-type]
+                fields[name] = adapter.validate_python(data[name])
+            elif not info.is_required():
+                fields[name] = info.get_default(call_default_factory=True, validated_data={})
+        return fields
+
+
+def _again(details: Any) -> InitErrorDetails:
+    """A finding of one ValidationError, ready for another."""
+    kind, context = details["type"], details.get("ctx", {})
+    if kind == "recipe":
+        return _located(details["loc"], context["message"], details["input"])
+    return InitErrorDetails(type=kind, loc=details["loc"], input=details["input"], ctx=context)
+
+
+# --- operators --------------------------------------------------------------------------------------------------------
+
+
+def _spec(given: Any) -> Spec:
+    """An operator spec from its mapping; every wrong setting is told, not only the first."""
+    if type(given) in OPERATORS.values():
+        return given
+    wrong = list(_spec_findings(given))
+    if wrong:
+        raise ValidationError.from_exception_data("operator", wrong)
+    return spec_from_dict(given)
+
+
+def _spec_findings(given: Any) -> Iterator[InitErrorDetails]:
+    if not isinstance(given, Mapping):
+        yield _located((), f"must be an operator such as {{operator: window, size: 128}}, not {show(given)}", given)
+        return
+    name = given.get("operator")
+    if name not in OPERATORS:
+        where = ("operator",) if "operator" in given else ()
+        yield _located(where, _refusal({"operator": name} if where else {}), given)
+        return
+    for key, value in given.items():
+        if key != "operator" and (message := _refusal({"operator": name, key: value})):
+            yield _located((key,), message, value)
+
+
+def _refusal(given: Mapping[str, Any]) -> str:
+    try:
+        spec_from_dict(given)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _spec_schema() -> dict[str, Any]:
+    """JSON Schema of the operators, from the dataclasses that define them."""
+    kinds = {int: "integer", float: "number", bool: "boolean", str: "string"}
+    choices = []
+    for name, cls in sorted(OPERATORS.items()):
+        settings: dict[str, Any] = {"operator": {"const": name}}
+        for setting in dataclasses.fields(cls):
+            default = setting.default
+            settings[setting.name] = {"type": kinds.get(type(default), "string"), "default": default}
+        text = " ".join((cls.__doc__ or "").split())
+        choices.append(
+            {
+                "type": "object",
+                "title": name,
+                "description": text,
+                "properties": settings,
+                "required": ["operator"],
+                "additionalProperties": False,
+            }
+        )
+    return {"oneOf": choices}
+
+
+OperatorSpec = Annotated[
+    Spec, PlainValidator(_spec), PlainSerializer(spec_to_dict, return_type=dict), WithJsonSchema(_spec_schema())
+]
+
+
+def _layers(key: object) -> range | None:
+    """The layers that a key such as 12 or "11-17" names."""
+    match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", str(key))
+    return range(int(match[1]), int(match[2] or match[1]) + 1) if match else None
+
+
+def _explicit(given: Any) -> dict[int, Spec]:
+    """{"11-17": spec, 19: spec} with one entry per layer."""
+    if not isinstance(given, Mapping):
+        message = f"must map layers to operators, e.g. {{11-17: {{operator: window}}}}, not {show(given)}"
+        raise ValidationError.from_exception_data("explicit", [_located((), message, given)])
+    result: dict[int, Spec] = {}
+    wrong: list[InitErrorDetails] = []
+    for key, value in given.items():
+        findings = list(_spec_findings(value)) if type(value) not in OPERATORS.values() else []
+        wrong += [InitErrorDetails(type=f["type"], loc=(key, *f["loc"]), input=f["input"]) for f in findings]
+        for part in str(key).split(","):
+            layers = _layers(part.strip())
+            if not layers:
+                message = f"must be a layer (12), a range (11-17), or several with commas, not {show(key)}"
+                wrong.append(_located((key,), message, key))
+                continue
+            twice = [str(layer) for layer in layers if layer in result]
+            if twice:
+                wrong.append(_located((key,), f"layer {', '.join(twice)} is given twice", key))
+            result.update(dict.fromkeys(layers, None if findings else _spec(value)))
+    if wrong:
+        raise ValidationError.from_exception_data("explicit", wrong)
+    return dict(sorted(result.items()))
+
+
+Explicit = Annotated[
+    dict[int, Spec],
+    PlainValidator(_explicit),
+    PlainSerializer(lambda given: {str(layer): spec_to_dict(spec) for layer, spec in given.items()}, return_type=dict),
+    WithJsonSchema({"type": "object", "additionalProperties": _spec_schema()}),
+]

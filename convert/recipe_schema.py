@@ -1,0 +1,277 @@
+"""The recipe: its sections, what may be written in them, with which defaults and bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ..kernels.spec import Spec, Window, label
+from .recipe_fields import (
+    AtLeastZero,
+    AtLength,
+    Conflict,
+    Count,
+    Explicit,
+    Flag,
+    Length,
+    Name,
+    OperatorSpec,
+    Positive,
+    Section,
+    Share,
+    Whole,
+    exactly_one,
+)
+from .recipe_inputs import Dtype, ModelSource, TextSources
+
+
+class NeedleSettings(Section):
+    """A retrieval task made of a fact hidden in filler text."""
+
+    cases: Count = Field(default=8, description="number of prompts")
+    length: Length = Field(default=512, description="tokens per prompt")
+    template: Name = Field(
+        default="key", description="wording of the task; profile and evaluate must use different ones"
+    )
+
+
+class ProfileSettings(Section):
+    """What is measured of every KV group."""
+
+    sequences: Count = Field(default=6, description="calibration sequences")
+    length: Length = Field(default=768, description="tokens per sequence")
+    rows: Count = Field(default=64, description="query rows per sequence that the attention statistics are taken from")
+    candidates: tuple[OperatorSpec, ...] = Field(
+        default=(Window(size=128, sinks=4),), min_length=1, description="operators whose damage is measured"
+    )
+    needles: NeedleSettings = Field(default=NeedleSettings(), description="retrieval task for the retrieval scores")
+    damage: Flag = Field(default=True, description="measure KL and needle loss of each candidate in each KV group")
+    seed: Whole = Field(default=0, description="random seed")
+
+    @classmethod
+    def conflicts(cls, fields: Mapping[str, Any]) -> Iterator[Conflict]:
+        labels = [label(spec) for spec in fields.get("candidates", ())]
+        for index, name in enumerate(labels):
+            if name == "full":
+                yield ("candidates", index), "full attention is what the candidates are compared with, not one of them"
+            if name in labels[:index]:
+                yield ("candidates", index), f"{name} is listed twice"
+        if "rows" in fields and "length" in fields and fields["rows"] > fields["length"]:
+            yield ("rows",), f"cannot exceed length ({fields['length']}), not {fields['rows']}"
+
+
+class SelectSettings(Section):
+    """Which KV groups are converted to what, under exactly one budget: groups, layers or kv_bytes."""
+
+    method: Literal["damage", "uniform", "random", "explicit"] = Field(
+        default="damage", description="least measured damage, evenly spaced, at random, or as listed under explicit"
+    )
+    unit: Literal["group", "layer"] = Field(default="group", description="convert single KV groups or whole layers")
+    operator: OperatorSpec | None = Field(
+        default=None, description="the operator to use; null: any candidate of the profile"
+    )
+    groups: Share | None = Field(default=None, description="budget: share of all KV groups to convert, 0 to 1")
+    layers: Count | None = Field(default=None, description="budget: number of layers to convert")
+    kv_bytes: Share | None = Field(
+        default=None, description="budget: KV cache and state bytes as a share of full attention's"
+    )
+    length: Length = Field(default=8192, description="tokens at which kv_bytes is taken")
+    needle_weight: AtLeastZero = Field(default=1.0, description="weight of the needle loss beside the KL")
+    retrieval_keep: Share | None = Field(
+        default=None, description="keep groups with a retrieval score above this; null: off"
+    )
+    explicit: Explicit | None = Field(default=None, description='operators by layer or range of layers: {"4-7": {...}}')
+    seed: Whole = Field(default=0, description="random seed of method random")
+
+    @classmethod
+    def conflicts(cls, fields: Mapping[str, Any]) -> Iterator[Conflict]:
+        budgets = ("groups", "layers", "kv_bytes")
+        if "method" not in fields:
+            return
+        if fields["method"] != "explicit":
+            yield from exactly_one(fields, *budgets)
+            if fields.get("explicit") is not None:
+                yield ("explicit",), f"is only for method explicit, not {fields['method']}"
+            if fields.get("layers") is not None and fields.get("unit") == "group":
+                yield ("layers",), "counts whole layers: set unit to layer, or use groups as the budget"
+            return
+        if "explicit" in fields and not fields["explicit"]:
+            yield ("explicit",), 'is missing: say which layers, e.g. {"4-7": {operator: window}}'
+        for name in (*budgets, "operator"):
+            if fields.get(name) is not None:
+                yield (name,), "has no meaning with method explicit, which lists the layers and their operators"
+
+
+class Arm(Section):
+    """Another plan to distill and evaluate beside the one that is exported."""
+
+    name: Name = Field(description="name of the arm in the report")
+    select: SelectSettings = Field(description="how its plan is chosen")
+    distill: Flag = Field(default=False, description="train it as the exported plan is trained")
+
+
+class SampleSettings(Section):
+    """Sequences that the teacher generates for distillation."""
+
+    sequences: Count = Field(default=32, description="number of sequences")
+    length: Length = Field(default=1024, description="tokens per sequence, prompt included")
+    batch: Count = Field(default=16, description="sequences generated together")
+    shard: Count = Field(default=16, description="sequences per file; a finished file is never made again")
+    prompts: Literal["text", "bos", "chat"] = Field(
+        default="text", description="start from calibration text, from nothing, or from a chat turn"
+    )
+    prompt_tokens: Count = Field(default=32, description="tokens of text a sequence starts from")
+    temperature: AtLeastZero = Field(default=1.0, description="sampling temperature; 0 takes the likeliest token")
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = Field(default=1.0, description="nucleus to sample from")
+    seed: Whole = Field(default=0, description="random seed")
+
+    @classmethod
+    def conflicts(cls, fields: Mapping[str, Any]) -> Iterator[Conflict]:
+        if "prompt_tokens" in fields and "length" in fields and fields["prompt_tokens"] >= fields["length"]:
+            yield ("prompt_tokens",), f"must be below length ({fields['length']}), not {fields['prompt_tokens']}"
+
+
+class TransferSettings(Section):
+    """Attention transfer: feature maps and gates learn the teacher's attention outputs, all else frozen."""
+
+    steps: Whole = Field(default=0, description="optimiser steps; 0 skips the phase")
+    lr: Positive = Field(default=1e-2, description="peak learning rate")
+    batch: Count = Field(default=1, description="sequences per step")
+
+
+class LoraSettings(Section):
+    """Low-rank adapters on the converted layers, trained with the KL to the teacher."""
+
+    rank: Count = Field(default=8, description="rank of the adapters")
+    alpha: Positive = Field(default=16.0, description="scale of the adapters; their output counts alpha / rank")
+    lr: Positive = Field(default=1e-3, description="peak learning rate")
+    epochs: Count = Field(default=1, description="passes over the samples")
+    batch: Count = Field(default=1, description="sequences per step")
+    warmup: Share = Field(default=0.05, description="share of the steps in which the learning rate rises")
+    weight_decay: AtLeastZero = Field(default=0.0, description="AdamW weight decay")
+    attention_loss: AtLeastZero = Field(
+        default=0.0, description="coefficient of the squared error of the attention outputs"
+    )
+    targets: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="module names to adapt; null: all linear layers of converted sites"
+    )
+    checkpoint_every: Count = Field(default=20, description="steps between checkpoints")
+    gradient_checkpointing: Flag = Field(default=True, description="recompute activations instead of keeping them")
+    logit_chunk: Count = Field(default=256, description="positions whose logits are held at once")
+    clip: Positive = Field(default=1.0, description="largest gradient norm")
+
+
+class DistillSettings(Section):
+    """Recovery of the quality that the conversion cost; null for a phase leaves it out."""
+
+    transfer: TransferSettings | None = Field(default=None, description="attention transfer")
+    lora: LoraSettings | None = Field(default=LoraSettings(), description="adapters")
+    seed: Whole = Field(default=0, description="random seed")
+
+
+class SpeedSettings(Section):
+    """Teacher and student timed side by side."""
+
+    lengths: tuple[Length, ...] = Field(default=(8192,), min_length=1, description="prefill lengths in tokens")
+    repeats: Count = Field(default=3, description="timed repeats")
+    decode_tokens: Whole = Field(default=16, description="tokens decoded after each prefill")
+
+
+class EvaluateSettings(Section):
+    """How teacher and student are compared."""
+
+    lengths: tuple[Length, ...] = Field(default=(1024,), min_length=1, description="context lengths in tokens")
+    sequences: Count = Field(default=16, description="heldout sequences per length")
+    needles: NeedleSettings = Field(
+        default=NeedleSettings(cases=64, length=1024, template="password"), description="retrieval task"
+    )
+    speed: SpeedSettings | None = Field(default=None, description="timing; null leaves it out")
+    batch: Count = Field(default=1, description="sequences per forward pass")
+    seed: Whole = Field(default=1, description="random seed")
+
+
+class Gates(Section):
+    """Bounds that the result must meet; a missed one ends the run with exit code 4."""
+
+    kl: AtLength = Field(default={}, description="highest KL to the teacher in nats per token, by length")
+    perplexity_ratio: AtLength = Field(default={}, description="highest perplexity over the teacher's, by length")
+    retrieval_drop: Share | None = Field(
+        default=None, description="largest loss of exact needle answers, as a share of cases"
+    )
+    kv_ratio: AtLength = Field(default={}, description="most KV cache bytes over the teacher's, by length")
+    prefill_speedup: AtLength = Field(default={}, description="least prefill speed over the teacher's, by length")
+    converted: Share | None = Field(default=None, description="least share of KV groups converted")
+
+
+class ExportSettings(Section):
+    """How the checkpoint is written."""
+
+    dtype: Dtype | None = Field(default=None, description="number type of the saved weights; null: as loaded")
+    verify: Flag = Field(default=True, description="reload it in clean processes and compare the logits")
+
+
+class Recipe(Section):
+    """A conversion from pretrained model to checked checkpoint."""
+
+    name: Name = Field(description="name of the recipe: small letters, digits, '.' and '-'")
+    description: str = Field(default="", pattern=r"^[^\n]*$", description="one line about it")
+    model: ModelSource = Field(description="the pretrained model")
+    text: TextSources = Field(description="the text it is calibrated and judged on")
+    profile: ProfileSettings = Field(default=ProfileSettings(), description="what is measured")
+    select: SelectSettings = Field(default=SelectSettings(groups=0.6), description="what is converted to what")
+    compare: tuple[Arm, ...] = Field(default=(), description="further plans to report beside it")
+    sample: SampleSettings = Field(default=SampleSettings(), description="what the teacher generates")
+    distill: DistillSettings = Field(default=DistillSettings(), description="how quality is recovered")
+    evaluate: EvaluateSettings = Field(default=EvaluateSettings(), description="how the result is judged")
+    gates: Gates = Field(default=Gates(), description="what it must meet")
+    export: ExportSettings = Field(default=ExportSettings(), description="how it is written")
+
+    @classmethod
+    def conflicts(cls, fields: Mapping[str, Any]) -> Iterator[Conflict]:
+        compare = fields.get("compare", ())
+        for where, select in [(("select",), fields.get("select")), *_arm_selections(compare)]:
+            if select and "profile" in fields:
+                yield from _unmeasured(where, select, fields["profile"])
+        names = ["student", "teacher", *(arm.name for arm in compare)]
+        for index, arm in enumerate(compare):
+            if arm.name in names[: index + 2]:
+                yield ("compare", index, "name"), f"{arm.name!r} is taken; give each arm a name of its own"
+            if arm.distill and "distill" in fields and not (fields["distill"].lora or fields["distill"].transfer):
+                yield ("compare", index, "distill"), "nothing to train with: distill.transfer and distill.lora are null"
+        if "gates" in fields and "evaluate" in fields:
+            yield from _ungated(fields["gates"], fields["evaluate"])
+        if "profile" in fields and "evaluate" in fields:
+            template = fields["evaluate"].needles.template
+            if template == fields["profile"].needles.template:
+                message = f"{template!r} is also what was profiled on; judge retrieval with another wording"
+                yield ("evaluate", "needles", "template"), message
+
+
+def _arm_selections(compare: tuple[Arm, ...]) -> list[tuple[tuple[str | int, ...], SelectSettings]]:
+    return [(("compare", index, "select"), arm.select) for index, arm in enumerate(compare)]
+
+
+def _unmeasured(where: tuple[str | int, ...], select: SelectSettings, profile: ProfileSettings) -> Iterator[Conflict]:
+    if select.method != "damage":
+        return
+    if not profile.damage:
+        yield (*where, "method"), "damage is not measured: set profile.damage to true, or choose another method"
+    wanted: Spec = select.operator
+    if wanted is not None and wanted not in profile.candidates:
+        known = ", ".join(label(spec) for spec in profile.candidates)
+        yield (*where, "operator"), f"{label(wanted)} is not measured; profile.candidates are {known}"
+
+
+def _ungated(gates: Gates, evaluate: EvaluateSettings) -> Iterator[Conflict]:
+    speed = evaluate.speed.lengths if evaluate.speed else ()
+    checks = (
+        ("kl", gates.kl, evaluate.lengths, "evaluate.lengths"),
+        ("perplexity_ratio", gates.perplexity_ratio, evaluate.lengths, "evaluate.lengths"),
+        ("prefill_speedup", gates.prefill_speedup, speed, "evaluate.speed.lengths"),
+    )
+    for name, bounds, measured, source in checks:
+        for length in bounds:
+            if length not in measured:
+                yield ("gates", name, length), f"nothing is measured at {length}: add it to {source}"

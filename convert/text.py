@@ -1,0 +1,109 @@
+"""Token sequences and needle tasks from documents: what profiling, sampling and evaluation read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UsageError
+
+
+@dataclass(frozen=True)
+class Template:
+    """A needle task: `needle` holds the fact somewhere in the text, `question` asks for it at the end."""
+
+    needle: str
+    question: str
+    digits: int = 5
+
+
+TEMPLATES = {
+    "passkey": Template(
+        needle=" The pass key is {answer}. Remember it. {answer} is the pass key. ",
+        question="\n\nWhat is the pass key? The pass key is",
+    ),
+    "locker": Template(
+        needle=" By the way, the number of my locker at the station is {answer}; please do not forget it. ",
+        question="\n\nQuestion: Which number does my locker at the station have?\nAnswer: The number of my locker at the station is",
+    ),
+    "account": Template(
+        needle=" Note for the file: the account of Mrs. Hale was opened under the code {answer}. ",
+        question="\n\nFor the file, I repeat the note about Mrs. Hale. The account of Mrs. Hale was opened under the code",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Needles:
+    """Needle cases of one length.
+
+    `ids` (n, S); `answer` (n, A) are positions of the answer's tokens in the question's end, `needle` (n, A) those of
+    the same tokens inside the text. The token at `answer[i, a]` is predicted at `answer[i, a] − 1`.
+    """
+
+    ids: Tensor
+    answer: Tensor
+    needle: Tensor
+
+
+def rng(*parts: object) -> torch.Generator:
+    """A generator whose seed is a hash of what it is for, so that streams never depend on each other."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def tokenize(tokenizer: Any, text: str) -> list[int]:
+    """Ids without special tokens; long documents do not warn about the model's length."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def sequences(tokenizer: Any, documents: Sequence[Any], count: int, length: int, seed: int) -> Tensor:
+    """`count` sequences of `length` tokens, each from one document, none overlapping, drawn with `seed`. → (n, S)
+
+    Raises:
+        UsageError: the documents are too short for that many.
+    """
+    pieces = []
+    for document in documents:
+        ids = tokenize(tokenizer, document.text)
+        pieces += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+    if len(pieces) < count:
+        raise UsageError(
+            f"the text holds {len(pieces)} sequences of {length} tokens but {count} are asked for: "
+            "name more text, or ask for fewer or shorter sequences"
+        )
+    chosen = torch.randperm(len(pieces), generator=rng("sequences", seed, length))[:count]
+    return torch.tensor([pieces[i] for i in chosen.tolist()])
+
+
+def needles(tokenizer: Any, documents: Sequence[Any], template: str, cases: int, length: int, seed: int) -> Needles:
+    """`cases` needle tasks of exactly `length` tokens, the needle at evenly spread depths, answers at random."""
+    if template not in TEMPLATES:
+        raise UsageError(f"no needle template {template!r}; known are {', '.join(TEMPLATES)}")
+    form = TEMPLATES[template]
+    generator = rng("needles", seed, template, length)
+    hay = sequences(tokenizer, documents, cases, length, seed)
+    ids, answers, found = [], [], []
+    for case in range(cases):
+        number = "".join(str(int(d)) for d in torch.randint(0, 10, (form.digits,), generator=generator))
+        before, after = form.needle.split("{answer}", 1)
+        parts = [tokenize(tokenizer, x) for x in (before.rstrip(), " " + number, after.format(answer=number))]
+        question, answer = tokenize(tokenizer, form.question), tokenize(tokenizer, " " + number)
+        room = length - sum(map(len, parts)) - len(question) - len(answer)
+        if room < 16:
+            raise UsageError(f"needle cases of {length} tokens leave no text around the needle: use at least {length + 16 - room}")
+        depth = round((case + 0.5) / cases * room)
+        text = hay[case].tolist()
+        row = text[:depth] + sum(parts, []) + text[depth:room] + question + answer
+        at = depth + len(parts[0])
+        ids.append(row)
+        found.append(list(range(at, at + len(answer))))
+        answers.append(list(range(length - len(answer), length)))
+    width = min(map(len, answers))
+    return Needles(*(torch.tensor(x) for x in (ids, [a[-width:] for a in answers], [f[-width:] for f in found])))

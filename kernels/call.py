@@ -1,0 +1,145 @@
+"""What every operator shares: the call, states, costs and the one masked softmax.
+
+Shapes here and in the operator files: `q` is (B, H, Q, D) with H query heads, `k` and `v` are (B, Hk, Q, D) with Hk
+KV heads, all for the Q new tokens; heads are grouped, so query head h reads KV head h // (H // Hk). What came before
+is in the operator's state. Positions are absolute: the new tokens stand at `seen … seen + Q - 1`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+T = TypeVar("T")
+ROWS = 512  # query rows that are masked at once: the largest mask is ROWS × keys, never S × S
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What one attention call carries besides q, k and v.
+
+    `valid` (B, seen + Q) is true for real tokens and None when all are. `softcap`, `sink_logits` (H,) and `limit` are the
+    architecture's own: logit soft cap (Gemma 2), a learned logit per head that takes part in the normaliser (gpt-oss)
+    and the model's own sliding window, in tokens.
+    """
+
+    scale: float
+    seen: int = 0
+    valid: Tensor | None = None
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+    limit: int | None = None
+
+    def heads(self, index: Tensor | None) -> Call:
+        """The same call for the query heads in `index` only."""
+        if index is None or self.sink_logits is None:
+            return self
+        return dataclasses.replace(self, sink_logits=self.sink_logits[index])
+
+    def real(self, start: int, stop: int) -> Tensor | None:
+        """(B, stop - start): which of these positions hold real tokens; None when all do."""
+        return None if self.valid is None else self.valid[:, start:stop]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One KV group: `queries` query heads over one KV head of size `dim`; `element` is bytes per cached number."""
+
+    queries: int
+    dim: int
+    element: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """`flops`: multiply and add count as two. `bytes` read and written. `state_bytes` kept between calls."""
+
+    flops: float
+    bytes: float
+    state_bytes: float
+
+
+def grouped(q: Tensor, kv_heads: int) -> Tensor:
+    """(B, H, Q, D) → (B, Hk, G, Q, D), a view."""
+    return q.unflatten(1, (kv_heads, q.shape[1] // kv_heads))
+
+
+def map_state(state: T, change: Callable[[Tensor], Tensor]) -> T:
+    """The state with `change` applied to every tensor; all of them have the batch first."""
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}  # type: ignore[arg-type]
+    changed = {name: change(value) for name, value in fields.items() if isinstance(value, Tensor)}
+    return dataclasses.replace(state, **changed)  # type: ignore[type-var]
+
+
+def state_bytes(state: object) -> int:
+    """Bytes that the tensors of a state hold."""
+    values = [getattr(state, f.name) for f in dataclasses.fields(state)]  # type: ignore[arg-type]
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+
+
+def logits(q: Tensor, k: Tensor, call: Call) -> Tensor:
+    """(…, Q, K) attention logits in at least fp32, with the model's soft cap."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    s = q.to(wide) @ k.to(wide).transpose(-1, -2) * call.scale
+    return s if call.softcap is None else call.softcap * torch.tanh(s / call.softcap)
+
+
+def sink_column(call: Call, like: Tensor) -> Tensor | None:
+    """The learned sink logits (B-broadcastable, Hk, G, 1, 1) that match logits `like` (B, Hk, G, Q, K)."""
+    if call.sink_logits is None:
+        return None
+    return call.sink_logits.to(like.dtype).view(1, like.shape[1], like.shape[2], 1, 1)
+
+
+def softmax_terms(s: Tensor, allowed: Tensor, v: Tensor, sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Numerator, denominator and maximum of a masked softmax, so that other terms can join the normaliser.
+
+    Args:
+        s: (…, Q, K) logits; allowed: broadcastable to it; v: (…, K, D); sink: a further logit per row without a value.
+
+    Returns:
+        (…, Q, D), (…, Q, 1), (…, Q, 1). A row that may attend to nothing gives 0, 0 and 0.
+    """
+    s = s.masked_fill(~allowed, -torch.inf)
+    top = s.amax(-1, keepdim=True)
+    if sink is not None:
+        top = torch.maximum(top, sink)
+    top = torch.where(torch.isfinite(top), top, torch.zeros_like(top)).detach()
+    p = torch.exp(s - top)
+    total = p.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + torch.exp(sink - top)
+    return p @ v.to(p.dtype), total, top
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, call: Call) -> Tensor:
+    """Masked softmax attention of grouped heads; a row that may attend to nothing gives zeros.
+
+    Args:
+        q: (B, Hk, G, Q, D); k, v: (B, Hk, K, D); allowed: (1 or B, Q, K) or None for all.
+
+    Returns:
+        (B, Hk, G, Q, D) in the dtype of q.
+    """
+    if call.softcap is None and call.sink_logits is None:
+        return _fused(q, k, v, allowed, call.scale)
+    s = logits(q, k[:, :, None], call)
+    allowed = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device) if allowed is None else allowed[:, None, None]
+    number, total, _ = softmax_terms(s, allowed, v[:, :, None], sink_column(call, s))
+    return (number / total.clamp_min(torch.finfo(total.dtype).tiny)).to(q.dtype)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
+    """The same through SDPA. The query heads of a group become rows, so keys and values are never repeated."""
+    _, _, group, rows, _ = q.shape
+    mask = None if allowed is None else allowed[:, None].repeat(1, 1, group, 1)
+    o = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=mask, scale=scale)
+    if mask is not None:
+        o = o.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return o.unflatten(2, (group, rows))

@@ -1,0 +1,132 @@
+"""The operator specs: what may stand in for full attention, as frozen values that validate themselves.
+
+A spec says which operator and how large; it holds no tensors and imports no torch, so recipes and plans can be
+checked without loading either. `label` gives the short name used in plans, plots and tables (`window-128-4`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+FEATURE_MAPS = ("hedgehog",)
+
+Spec = Any  # one of the dataclasses below; `OPERATORS` lists them
+S = TypeVar("S")
+OPERATORS: dict[str, type] = {}
+
+
+def operator(name: str) -> Callable[[type[S]], type[S]]:
+    """Register a spec class under the name that recipes and plans use."""
+
+    def register(cls: type[S]) -> type[S]:
+        if name in OPERATORS:
+            raise ValueError(f"operator {name!r} is registered twice: {OPERATORS[name].__name__} and {cls.__name__}")
+        OPERATORS[name] = cls
+        cls.operator = name  # type: ignore[attr-defined]
+        return cls
+
+    return register
+
+
+def _count(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def _feature_map(value: object) -> None:
+    if value not in FEATURE_MAPS:
+        raise ValueError(f"no feature map {value!r}; known are {', '.join(FEATURE_MAPS)}")
+
+
+@operator("full")
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """The model's own attention: every earlier token, softmax."""
+
+
+@operator("window")
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Softmax over the token itself, the `size - 1` before it, and the first `sinks` real tokens of the sequence.
+
+    Source: StreamingLLM (Xiao et al., 2023).
+    """
+
+    size: int = 128
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        _count("size", self.size, 1)
+        _count("sinks", self.sinks, 0)
+
+
+@operator("linear")
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """Causal linear attention with learned feature maps; one fp32 state per KV head.
+
+    Source: Hedgehog (Zhang et al., 2024).
+    """
+
+    feature_map: str = "hedgehog"
+
+    def __post_init__(self) -> None:
+        _feature_map(self.feature_map)
+
+
+@operator("hybrid")
+@dataclass(frozen=True, kw_only=True)
+class Hybrid:
+    """Softmax over a window and sinks, linear attention over everything older, one normaliser for both.
+
+    Source: LoLCATs (Zhang et al., 2024), with sink tokens.
+    """
+
+    window: int = 64
+    sinks: int = 4
+    feature_map: str = "hedgehog"
+
+    def __post_init__(self) -> None:
+        _count("window", self.window, 1)
+        _count("sinks", self.sinks, 0)
+        _feature_map(self.feature_map)
+
+
+def spec_from_dict(given: Mapping[str, Any]) -> Spec:
+    """The spec that `{"operator": "window", "size": 128}` describes.
+
+    Raises:
+        ValueError: the operator or one of its settings is unknown or out of range.
+    """
+    settings = dict(given)
+    name = settings.pop("operator", None)
+    if name is None:
+        raise ValueError(f"operator is missing: name one of {', '.join(sorted(OPERATORS))}")
+    if name not in OPERATORS:
+        raise ValueError(f"no operator {name!r}{_suggest(str(name), OPERATORS)}; known are {', '.join(sorted(OPERATORS))}")
+    cls = OPERATORS[name]
+    fields = [f.name for f in dataclasses.fields(cls)]
+    for key in settings:
+        if key not in fields:
+            known = f"it takes {', '.join(fields)}" if fields else "it takes no settings"
+            raise ValueError(f"operator {name!r} has no setting {key!r}{_suggest(key, fields)}; {known}")
+    return cls(**settings)
+
+
+def spec_to_dict(spec: Spec) -> dict[str, Any]:
+    """The inverse of `spec_from_dict`: plain data for YAML and JSON."""
+    return {"operator": spec.operator, **dataclasses.asdict(spec)}
+
+
+def label(spec: Spec) -> str:
+    """A short unique name: `full`, `window-128-4`, `linear-hedgehog`, `hybrid-64-4-hedgehog`."""
+    return "-".join([spec.operator, *(str(value) for value in dataclasses.asdict(spec).values())])
+
+
+def _suggest(given: str, known: Any) -> str:
+    close = difflib.get_close_matches(given, list(known), n=1)
+    return f": did you mean {close[0]!r}?" if close else ""

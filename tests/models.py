@@ -1,0 +1,41 @@
+"""Tiny random models of every architecture that is claimed, without a file for each."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+BASE = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 98,
+}
+DECODERS = {
+    "llama": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 12},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 24},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 12, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "phi3": {"num_key_value_heads": 2, "sliding_window": 12},
+    "gpt_neox": {},
+    "olmo2": {"num_key_value_heads": 2},
+    "gpt_oss": {"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 12},
+}  # fmt: skip
+
+
+def tiny(name, seed=0, **changes):
+    """A random model of the architecture; weights are made larger so that attention is far from uniform."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(name, **{**BASE, **DECODERS.get(name, {}), **changes})
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            p.data.mul_(2.0)
+        if "sinks" in name:
+            p.data.normal_()
+    return model

@@ -1,0 +1,234 @@
+"""Every operator against its dense fp64 reference: values, gradients, and the same result however it is fed."""
+
+import itertools
+
+import pytest
+import torch
+from attnconvert.kernels import operators
+from attnconvert.kernels.call import Call, Shape, map_state, state_bytes
+from attnconvert.kernels.spec import Full, Hybrid, Linear, Window, label, spec_from_dict, spec_to_dict
+from torch.utils.flop_counter import FlopCounterMode
+
+SPECS = [Full(), Window(size=5, sinks=2), Window(size=1, sinks=0), Window(size=200, sinks=3), Linear()]
+SPECS += [Hybrid(window=6, sinks=2), Hybrid(window=3, sinks=0), Hybrid(window=150, sinks=4)]
+SHAPES = [(1, 4, 2, 1, 8), (2, 3, 1, 37, 16), (1, 2, 2, 131, 8), (1, 4, 2, 300, 8)]  # B, H, Hk, S, D
+ARCHITECTURES = [{}, {"softcap": 3.0}, {"sinks": True}]
+
+
+def make(shape, seed=0, dtype=torch.float64):
+    batch, heads, kv_heads, length, dim = shape
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(batch, h, length, dim, generator=generator, dtype=dtype) for h in (heads, kv_heads, kv_heads))
+    return q, k, v
+
+
+def learned_of(spec, shape, dtype=torch.float64):
+    torch.manual_seed(1)
+    learned = operators.of(spec).parameters(spec, shape[1], shape[2], shape[4])
+    if learned is not None:
+        learned = learned.to(dtype)
+        for p in learned.parameters():
+            p.data += 0.3 * torch.randn_like(p)
+    return learned
+
+
+def call_of(shape, valid=None, softcap=None, sinks=False, **more):
+    sink_logits = torch.linspace(-1, 1, shape[1], dtype=torch.float64) if sinks else None
+    return Call(scale=shape[4] ** -0.5, valid=valid, softcap=softcap, sink_logits=sink_logits, **more)
+
+
+def left_padded(shape):
+    valid = torch.ones(shape[0], shape[3], dtype=torch.bool)
+    valid[0, : shape[3] // 3] = False
+    return valid
+
+
+def feed(spec, q, k, v, call, sizes, learned):
+    """The outputs when the sequence arrives in pieces of these sizes."""
+    state, parts, seen = None, [], 0
+    for size in sizes:
+        new = [x[:, :, seen : seen + size] for x in (q, k, v)]
+        valid = None if call.valid is None else call.valid[:, : seen + size]
+        part = Call(**{**vars(call), "seen": seen, "valid": valid})
+        o, state = operators.attend(spec, *new, part, state, learned)
+        parts.append(o)
+        seen += size
+    return torch.cat(parts, 2), state
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=label)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_fast_version_equals_the_reference(spec, shape, architecture, padded):
+    if isinstance(spec, Linear) and architecture:
+        pytest.skip("linear attention has no logits to cap")
+    q, k, v = make(shape)
+    call = call_of(shape, left_padded(shape) if padded else None, **architecture)
+    learned = learned_of(spec, shape)
+    want = operators.of(spec).reference(spec, q, k, v, call, learned)
+    got, _ = operators.attend(spec, q, k, v, call, None, learned)
+    real = torch.ones_like(want, dtype=torch.bool) if call.valid is None else call.valid[:, None, :, None].expand_as(want)
+    torch.testing.assert_close(got[real], want[real], atol=1e-10, rtol=1e-10)
+    assert torch.isfinite(got).all()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=label)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("sizes", [[1] * 37, [17, 1, 1, 9, 9], [30, 7], [2, 35]], ids=str)
+def test_prefill_chunks_and_decode_agree(spec, sizes, padded):
+    shape = (2, 4, 2, 37, 8)
+    q, k, v = make(shape)
+    call = call_of(shape, left_padded(shape) if padded else None)
+    learned = learned_of(spec, shape)
+    whole, end = operators.attend(spec, q, k, v, call, None, learned)
+    pieces, state = feed(spec, q, k, v, call, sizes, learned)
+    torch.testing.assert_close(pieces, whole, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(vars(state), vars(end), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=label)
+def test_left_padding_changes_nothing_for_the_real_tokens(spec):
+    shape = (1, 4, 2, 40, 8)
+    q, k, v = make(shape)
+    learned = learned_of(spec, shape)
+    plain, _ = operators.attend(spec, q, k, v, call_of(shape), None, learned)
+    q, k, v = (torch.cat([torch.full_like(x[:, :, :11], 7.0), x], 2) for x in (q, k, v))
+    valid = torch.arange(51)[None] >= 11
+    padded, _ = operators.attend(spec, q, k, v, call_of(shape, valid), None, learned)
+    torch.testing.assert_close(padded[:, :, 11:], plain, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=label)
+def test_gradients_equal_those_of_the_reference(spec):
+    shape = (2, 4, 2, 23, 8)
+    call = call_of(shape, left_padded(shape))
+    learned = learned_of(spec, shape)
+    weights = torch.randn(2, 4, 23, 8, dtype=torch.float64) * call.valid[:, None, :, None]
+    found = []
+    for run in (operators.of(spec).reference, lambda *a: operators.attend(*a[:5], None, a[5])[0]):
+        inputs = [x.clone().requires_grad_() for x in make(shape)]
+        trained = list(learned.parameters()) if learned is not None else []
+        loss = (run(spec, *inputs, call, learned) * weights).sum()
+        found.append(torch.autograd.grad(loss, inputs + trained))
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=label)
+def test_bf16_is_as_close_as_sdpa_math_allows(spec):
+    shape = (1, 4, 2, 150, 16)
+    q, k, v = make(shape)
+    learned = learned_of(spec, shape)
+    exact = operators.of(spec).reference(spec, q, k, v, call_of(shape), learned)
+    low = [x.bfloat16() for x in (q, k, v)]
+    rounded = operators.of(spec).reference(spec, *[x.double() for x in low], call_of(shape), learned)
+    got, _ = operators.attend(spec, *low, call_of(shape), None, None if learned is None else learned.float())
+    assert got.dtype == torch.bfloat16
+    assert (got.double() - exact).abs().max() <= 2 * (rounded - exact).abs().max() + 0.01
+
+
+def test_huge_logits_and_rows_that_see_nothing_stay_finite():
+    shape = (2, 4, 2, 29, 8)
+    for spec in SPECS:
+        q, k, v = (x * 1e4 for x in make(shape))
+        call = call_of(shape, torch.zeros(2, 29, dtype=torch.bool))
+        o, _ = operators.attend(spec, q, k, v, call, None, learned_of(spec, shape))
+        assert torch.equal(o, torch.zeros_like(o)), label(spec)
+
+
+def test_a_window_that_covers_everything_is_full_attention():
+    shape = (2, 4, 2, 50, 8)
+    q, k, v = make(shape)
+    full, _ = operators.attend(Full(), q, k, v, call_of(shape))
+    wide, _ = operators.attend(Window(size=50, sinks=0), q, k, v, call_of(shape))
+    torch.testing.assert_close(wide, full, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [[40], [13, 1, 26]], ids=str)
+def test_the_models_own_sliding_window_is_kept(sizes):
+    shape = (2, 4, 2, 40, 8)
+    q, k, v = make(shape)
+    want = operators.of(Full()).reference(Full(), q, k, v, call_of(shape, limit=7))
+    got, state = feed(Full(), q, k, v, call_of(shape, limit=7), sizes, None)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+    assert state.k.shape[2] == 7
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=label)
+def test_states_follow_the_batch(spec):
+    shape = (3, 4, 2, 20, 8)
+    q, k, v = make(shape)
+    learned = learned_of(spec, shape)
+    order = torch.tensor([2, 0, 0])
+    _, state = operators.attend(spec, *[x[:, :, :19] for x in (q, k, v)], call_of(shape), None, learned)
+    state = map_state(state, lambda x: x.index_select(0, order))
+    last = [x[order][:, :, 19:] for x in (q, k, v)]
+    got, _ = operators.attend(spec, *last, call_of(shape, seen=19), state, learned)
+    whole, _ = operators.attend(spec, q, k, v, call_of(shape), None, learned)
+    torch.testing.assert_close(got, whole[order][:, :, 19:], atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=label)
+@pytest.mark.parametrize("length", [3, 64, 300])
+def test_state_bytes_are_what_the_cost_model_says(spec, length):
+    shape = (1, 3, 1, length, 8)
+    q, k, v = make(shape, dtype=torch.float32)
+    _, state = operators.attend(spec, q, k, v, call_of(shape), None, learned_of(spec, shape, torch.float32))
+    counted = state_bytes(state) - (state.sink_at.numel() * 8 if hasattr(state, "sink_at") else 0)
+    assert counted == operators.of(spec).state_size(spec, Shape(queries=3, dim=8, element=4), length)
+
+
+@pytest.mark.parametrize("spec", [Full(), Window(size=16, sinks=2), Linear(), Hybrid(window=16, sinks=2)], ids=label)
+def test_flops_of_the_cost_model_match_a_count(spec):
+    shape = (1, 3, 1, 256, 16)
+    q, k, v = make(shape, dtype=torch.float32)
+    learned = learned_of(spec, shape, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        operators.of(spec).reference(spec, q, k, v, call_of(shape), learned)
+    dense = counter.get_total_flops()
+    cost = operators.of(spec).prefill_cost(spec, Shape(queries=3, dim=16, element=4), 256)
+    if isinstance(spec, Full):  # the reference counts the masked half too
+        assert cost.flops == pytest.approx(dense / 2, rel=0.01)
+    elif isinstance(spec, Window):
+        allowed = sum(len({j for j in range(i + 1) if i - j < 16 or j < 2}) for i in range(256))
+        assert cost.flops == 4 * allowed * 3 * 16
+    else:
+        with FlopCounterMode(display=False) as counter:
+            operators.attend(spec, q, k, v, call_of(shape), None, learned)
+        assert cost.flops == pytest.approx(counter.get_total_flops(), rel=1.0 if isinstance(spec, Hybrid) else 0.05)
+
+
+def test_cost_of_bounded_operators_does_not_grow_with_length():
+    shape = Shape(queries=3, dim=64)
+    for spec in (Window(), Linear(), Hybrid()):
+        operator = operators.of(spec)
+        assert operator.decode_cost(spec, shape, 10_000) == operator.decode_cost(spec, shape, 100_000)
+        ratio = operator.prefill_cost(spec, shape, 64_000).flops / operator.prefill_cost(spec, shape, 32_000).flops
+        assert ratio == pytest.approx(2, rel=0.02)
+
+
+def test_specs_round_trip_and_have_distinct_labels():
+    assert [spec_from_dict(spec_to_dict(s)) for s in SPECS] == SPECS
+    assert len({label(s) for s in SPECS}) == len(SPECS)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"operator": "windw"}, "did you mean 'window'"),
+        ({"operator": "window", "sise": 3}, "did you mean 'size'"),
+        ({"operator": "window", "size": 0}, "at least 1"),
+        ({"operator": "hybrid", "feature_map": "hedge"}, "known are hedgehog"),
+        ({"size": 3}, "operator is missing"),
+    ],
+)
+def test_bad_specs_say_what_is_wrong(given, message):
+    with pytest.raises(ValueError, match=message):
+        spec_from_dict(given)
+
+
+def test_every_operator_is_tested():
+    tested = {spec.operator for spec in SPECS}
+    assert tested == set(operators.FILES)
+    assert all(hasattr(operators.FILES[a], b) for a, b in itertools.product(tested, operators.Operator.__dataclass_fields__))
