@@ -1,3 +1,18 @@
-"""attnconvert: make the attention of a pretrained transformer cheaper, and prove what was kept."""
+"""attnconvert: make the attention of a pretrained transformer cheaper, and prove what was kept.
+
+Importing it costs nothing; once transformers is imported too, `AutoModelForCausalLM.from_pretrained` loads converted
+checkpoints without `trust_remote_code`.
+"""
+
+from typing import Any
+
+import wrapt
 
 __version__ = "0.1.0"
+
+
+@wrapt.when_imported("transformers.models.auto.configuration_auto")  # type: ignore[untyped-decorator]
+def _register(configuration_auto: Any) -> None:
+    from .convert.hosts.registration import register
+
+    register(configuration_auto)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -64,8 +65,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Indented JSON. Raises ValueError for NaN and infinity, which are no JSON: store null instead."""
-    write_text(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Indented JSON. NaN and infinity, which are no JSON, become null: one bad figure must not cost the others."""
+    try:
+        text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(document), indent=1, ensure_ascii=False)
+    write_text(path, text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def read_json(path: Path) -> Any:
@@ -100,8 +113,13 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def remove_partial(folder: Path) -> None:
-    """Deletes what a killed process left half-written under `folder`. The caller must hold the run's lock."""
-    for leftover in folder.rglob(f"{PARTIAL}*"):
-        with suppress(OSError):
-            leftover.unlink()
+def remove_partial(folder: Path, *names: str) -> None:
+    """Deletes what a killed process left half-written: everything under `folder`, or only files of these names in it.
+
+    The caller must hold the run's lock, or the files may be another's that are being written now.
+    """
+    patterns = [f"{PARTIAL}*-{name}" for name in names] or [f"**/{PARTIAL}*"]
+    for pattern in patterns:
+        for leftover in folder.glob(pattern):
+            with suppress(OSError):
+                leftover.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 PACKAGES = ("attnconvert", "torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "triton", "diffusers")
 
 
+@functools.cache
 def versions() -> dict[str, str | None]:
     """Installed versions by name, None where absent. Imports none of the packages."""
     found: dict[str, str | None] = {"python": platform.python_version()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from itertools import groupby
@@ -167,7 +166,7 @@ def _read(text: str, origin: str) -> Located:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-        message = f"not YAML: {one_line(error.problem)}{' ' + one_line(error.context) if error.context else ''}"
+        message = "not YAML: " + ", ".join(one_line(part) for part in (error.context, error.problem) if part)
         if "\\t" in message:
             message += "; indent with spaces, not tabs"
     except yaml.YAMLError as error:
@@ -238,15 +237,13 @@ def _step(place: Any, part: str) -> Key:
 def _make_absolute(data: dict[Key, Any], folder: Path) -> None:
     """Resolve the relative paths of a recipe in place; a copy of it then works from anywhere."""
 
+    def absolute(given: Any) -> Any:
+        return str(folder / Path(given).expanduser()) if isinstance(given, str) and given else given
+
     def resolve(section: Any, key: str) -> None:
-        given = section.get(key) if isinstance(section, dict) else None
-        if isinstance(given, str) and given:
-            section[key] = os.path.abspath(folder / Path(given).expanduser())
-        if isinstance(given, list):
-            section[key] = [
-                os.path.abspath(folder / Path(one).expanduser()) if isinstance(one, str) and one else one
-                for one in given
-            ]
+        if isinstance(section, dict) and key in section:
+            given = section[key]
+            section[key] = [absolute(one) for one in given] if isinstance(given, list) else absolute(given)
 
     resolve(data.get("model"), "folder")
     resolve(data.get("model"), "gguf")

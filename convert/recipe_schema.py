@@ -32,8 +32,8 @@ class NeedleSettings(Section):
 
     cases: Count = Field(default=8, description="number of prompts")
     length: Length = Field(default=512, description="tokens per prompt")
-    template: Name = Field(
-        default="key", description="wording of the task; profile and evaluate must use different ones"
+    template: Literal["passkey", "locker", "account"] = Field(
+        default="passkey", description="wording of the task; profile and evaluate must use different ones"
     )
 
 
@@ -185,7 +185,7 @@ class EvaluateSettings(Section):
     lengths: tuple[Length, ...] = Field(default=(1024,), min_length=1, description="context lengths in tokens")
     sequences: Count = Field(default=16, description="heldout sequences per length")
     needles: NeedleSettings = Field(
-        default=NeedleSettings(cases=64, length=1024, template="password"), description="retrieval task"
+        default=NeedleSettings(cases=64, length=1024, template="locker"), description="retrieval task"
     )
     speed: SpeedSettings | None = Field(default=None, description="timing; null leaves it out")
     batch: Count = Field(default=1, description="sequences per forward pass")
@@ -257,7 +257,7 @@ def _unmeasured(where: tuple[str | int, ...], select: SelectSettings, profile: P
     if select.method != "damage":
         return
     if not profile.damage:
-        yield (*where, "method"), "damage is not measured: set profile.damage to true, or choose another method"
+        yield ("profile", "damage"), f"{'.'.join(map(str, where))}.method is damage, which must then be measured"
     wanted: Spec = select.operator
     if wanted is not None and wanted not in profile.candidates:
         known = ", ".join(label(spec) for spec in profile.candidates)

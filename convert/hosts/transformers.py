@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.pytorch_utils import Conv1D
 
 from ...kernels import operators
 from ...kernels.call import Call, map_state, state_bytes
@@ -77,15 +80,50 @@ class SiteOperators(nn.Module):
         """The feature maps and gates of one operator, or None."""
         return self._modules.get(label(spec))
 
+    def answer(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        s_aux: Tensor | None = None,
+        **others: Any,
+    ) -> Tensor:
+        """One call of the attention interface. Shapes as in `attention_function`. → (B, Q, H, D)"""
+        for name in REFUSED:
+            if others.get(name) is not None:
+                raise Unsupported(f"{self.site.name} passes {name} to its attention, which no operator here knows")
+        seen = self.layer.seen if self.layer is not None else 0
+        expected = (query.shape[0], seen + query.shape[2])
+        if attention_mask is not None and attention_mask.shape != expected:
+            raise Unsupported(
+                f"{self.site.name}: the attention mask has shape {tuple(attention_mask.shape)}; a converted model takes a "
+                f"padding mask of (batch, tokens so far) = {expected}"
+            )
+        if query.dtype != value.dtype:  # autocast leaves rotated queries and keys in fp32
+            query, key = query.to(value.dtype), key.to(value.dtype)
+        call = Call(
+            scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            seen=seen,
+            valid=attention_mask,
+            softcap=softcap,
+            sink_logits=s_aux,
+            limit=sliding_window,
+        )
+        return self(query, key, value, call).transpose(1, 2)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """q (B, H, Q, D), k, v (B, Hk, Q, D), all of the new tokens → (B, H, Q, D)"""
-        if self.observer is not None:
-            answer = self.observer(self, q, k, v, call)
-            if answer is not None:
-                return answer
+        answer = self.observer(self, q, k, v, call) if self.observer is not None else None
+        return self.operate(q, k, v, call, self.active) if answer is None else answer
+
+    def operate(self, q: Tensor, k: Tensor, v: Tensor, call: Call, student: bool) -> Tensor:
+        """Attention as the student does it, or as the teacher. Shapes as in `forward`."""
         layer, self.layer = self.layer, None
-        everything: list[tuple[Spec, Any]] = [(Full(), None)]
-        parts = self.parts if self.active else everything
+        parts = self.parts if student else [(Full(), slice(None))]
         states = layer.begin(self, len(parts), q.shape[2]) if layer is not None else [None] * len(parts)
         outputs = []
         for n, (spec, kv) in enumerate(parts):
@@ -179,41 +217,16 @@ class OperatorLayer(CacheLayerMixin):
 
 
 def attention_function(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    s_aux: Tensor | None = None,
-    **others: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """What transformers calls for every site. query (B, H, Q, D), key, value (B, Hk, Q, D) → (B, Q, H, D), None"""
-    site = module._modules.get(NAME)
-    if not isinstance(site, SiteOperators):
-        raise Unsupported(f"{type(module).__name__} is not in the plan's model: install a plan before running it")
-    for name in REFUSED:
-        if others.get(name) is not None:
-            raise Unsupported(f"{site.site.name} passes {name} to its attention, which no operator here knows")
-    seen = site.layer.seen if site.layer is not None else 0
-    if attention_mask is not None and attention_mask.shape != (query.shape[0], seen + query.shape[2]):
-        raise Unsupported(
-            f"{site.site.name}: the attention mask has shape {tuple(attention_mask.shape)}; a converted model takes a padding "
-            f"mask of (batch, tokens so far) = {(query.shape[0], seen + query.shape[2])}"
-        )
-    if query.dtype != value.dtype:  # autocast leaves rotated queries and keys in fp32
-        query, key = query.to(value.dtype), key.to(value.dtype)
-    call = Call(
-        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        seen=seen,
-        valid=attention_mask,
-        softcap=softcap,
-        sink_logits=s_aux,
-        limit=sliding_window,
-    )
-    return site(query, key, value, call).transpose(1, 2), None
+    """What transformers calls for every site. query (B, H, Q, D), key, value (B, Hk, Q, D) → (B, Q, H, D), None
+
+    The site itself answers: a checkpoint's own copy of this file may live in the same process and register last.
+    """
+    site: Any = module._modules.get(NAME)
+    if site is None:
+        raise Unsupported(f"{type(module).__name__} has no operators: install a plan before running the model")
+    return site.answer(query, key, value, attention_mask, **settings), None
 
 
 def mask_function(
@@ -418,18 +431,22 @@ def read_plan_block(block: Mapping[str, Any]) -> dict[Site, list[Spec]]:
     return plan
 
 
-def converted_classes(base: type[PreTrainedModel]) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
-    """The config and model class that load a converted checkpoint of a stock class such as LlamaForCausalLM.
+def converted_config(base: type[PreTrainedModel]) -> type[PreTrainedConfig]:
+    """The config class of a converted checkpoint of a stock class such as LlamaForCausalLM.
 
     The model type is `attnconvert`, so that nothing takes the checkpoint for the dense model.
     """
     stock: Any = base.config_class
+    config: type[PreTrainedConfig] = type(f"Converted{stock.__name__}", (stock,), {"model_type": NAME})
+    return config
 
-    class Config(stock):  # type: ignore[misc]
-        model_type = NAME
+
+def converted_model(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    """The model class of a converted checkpoint: the stock class, with the plan of its config installed."""
 
     class Model(base):  # type: ignore[misc,valid-type]
-        config_class = Config
+        config_class = config
+        _keep_in_fp32_modules_strict = (*(getattr(base, "_keep_in_fp32_modules_strict", None) or ()), NAME)
 
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
@@ -441,22 +458,94 @@ def converted_classes(base: type[PreTrainedModel]) -> tuple[type[PreTrainedConfi
                 attn_implementation = NAME
             super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
-    Config.__name__ = Config.__qualname__ = f"Converted{stock.__name__}"
     Model.__name__ = Model.__qualname__ = f"Converted{base.__name__}"
-    return Config, Model
+    return Model
 
 
-class ConvertedConfig(PreTrainedConfig):
-    """What AutoConfig reads for the model type `attnconvert`: it becomes the config of the stock class beneath."""
+class Replay:
+    """Runs a decoder from the middle: blocks before `start` hand back what they gave when `record` ran.
 
-    model_type = NAME
+    Damage of one layer then costs only the layers behind it. Works on any model whose sites sit in one ModuleList.
+    """
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The config of the converted class, which is registered with AutoModelForCausalLM on the way."""
-        import transformers
+    def __init__(self, model: PreTrainedModel, sites: Sequence[Site]) -> None:
+        self.blocks: list[nn.Module] = []
+        for site in sites:
+            path = site.name.split(".")
+            parents = [n for n in range(1, len(path)) if isinstance(model.get_submodule(".".join(path[: n - 1])), nn.ModuleList)]
+            if not parents:
+                raise Unsupported(f"{site.name} is not in a list of blocks, so the model cannot be run from its middle")
+            self.blocks.append(model.get_submodule(".".join(path[: parents[0]])))
+        if len(set(self.blocks)) < len(self.blocks):
+            raise Unsupported("two sites share one block: their damage cannot be told apart by running from the middle")
+        self.outputs: list[Any] = []
 
-        name = config_dict[NAME]["base"]
-        config_class, model_class = converted_classes(getattr(transformers, name))
-        AutoModelForCausalLM.register(config_class, model_class)
-        return config_class.from_dict(config_dict, **kwargs)
+    @contextlib.contextmanager
+    def record(self) -> Iterator[None]:
+        """Keep the output of every block for the pass inside."""
+        self.outputs = [None] * len(self.blocks)
+
+        def keep(index: int) -> Any:
+            return lambda module, args, output: self.outputs.__setitem__(index, output)
+
+        hooks = [block.register_forward_hook(keep(n)) for n, block in enumerate(self.blocks)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextlib.contextmanager
+    def start(self, index: int) -> Iterator[None]:
+        """Inside, blocks before `index` do no work."""
+
+        def answer(value: Any) -> Any:
+            return lambda *args, **kwargs: value
+
+        skipped = self.blocks[:index]
+        for block, value in zip(skipped, self.outputs, strict=False):
+            block.forward = answer(value)
+        try:
+            yield
+        finally:
+            for block in skipped:
+                del block.forward
+
+
+def logits_at(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor:
+    """Logits (B, P, V) at the positions (P,) of ids (B, S), without computing those of all others where possible."""
+    if "logits_to_keep" in inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters:
+        logits: Tensor = model(ids, use_cache=False, logits_to_keep=positions).logits
+        return logits
+    return model(ids, use_cache=False).logits[:, positions]
+
+
+def last_logits(model: PreTrainedModel) -> dict[str, int]:
+    """The argument with which a forward computes the logits of the last position only, where the model has one."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def trunk(model: PreTrainedModel) -> nn.Module:
+    """The model without its head: ids → hidden states."""
+    return getattr(model, model.base_model_prefix)
+
+
+def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits (B, P, V) of hidden states (B, P, C) of any tokens, with whatever scale or cap the model has behind its head."""
+    inner = trunk(model)
+    inner.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
+    try:
+        logits: Tensor = model(inputs_embeds=hidden, use_cache=False).logits
+        return logits
+    finally:
+        del inner.forward
+
+
+def linear_layers(model: PreTrainedModel, site: Site) -> dict[str, nn.Module]:
+    """The projections of a site by full name: nn.Linear, and GPT-2's Conv1D, which is one transposed."""
+    module = _submodule(model, site.name)
+    return {
+        f"{site.name}.{name}": child
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear | Conv1D) and not name.startswith(f"{NAME}.")
+    }

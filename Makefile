@@ -1,0 +1,63 @@
+# Everything works on a fresh clone with python3 (3.11 or later) and make: each target sets up .venv first if it must.
+#
+# PYTHON=python3.12    another interpreter
+# TORCH_INDEX=URL      take torch from this package index, for example one that carries builds without CUDA
+# ARGS="..."           further arguments: make test ARGS="-k runs"
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+READY := $(VENV)/.ready
+# mypy finds a package by the name of its folder, and a clone may be called anything
+SOURCES := $(VENV)/sources
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test slow check format bench clean distclean
+
+help:  ## say what there is
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+setup: $(READY)  ## install everything into .venv
+
+demo: $(READY)  ## convert SmolLM2-135M-Instruct and show what was gained and lost (runs/demo)
+	$(BIN)/attnconvert run smollm2-135m-window --out runs/demo $(ARGS)
+
+test: $(READY)  ## run the tests
+	@$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+slow: $(READY)  ## run the tests that take minutes or download a model
+	@$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+check: $(READY)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=$(SOURCES) $(BIN)/mypy --strict -p attnconvert
+
+format: $(READY)  ## let ruff correct what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## measure what docs/benchmarks shows
+	$(BIN)/python docs/benchmarks/run.py $(ARGS)
+
+clean:  ## remove what building and testing left; runs and .venv stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## remove .venv as well
+	rm -rf $(VENV)
+
+# torch comes first and alone, so that TORCH_INDEX concerns nothing else and the second step finds it in place.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo 'attnconvert needs Python 3.11 or later: make PYTHON=python3.12' >&2; exit 1; }
+	@echo 'setting up $(VENV), which takes a few minutes the first time'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@mkdir -p $(SOURCES) && ln -sfn ../.. $(SOURCES)/attnconvert
+	@touch $@

@@ -1,0 +1,5 @@
+"""`python -m attnconvert` is the command `attnconvert`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,184 @@
+"""Evaluate: the student against the teacher, in quality, retrieval, memory and speed.
+
+Quality is KL to the teacher and perplexity on held-out text and exact answers to needle cases of another template
+than the profile's, together: each alone is blind to something. Speed is measured side by side, teacher and student in
+turns in this process.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import operators
+from ..kernels.call import Shape
+from ..kernels.spec import Full, Spec, Window
+from .hosts import transformers as host
+from .hosts.transformers import Site
+from .profiling import kl
+from .text import Needles
+
+if TYPE_CHECKING:
+    from .progress import Track
+    from .recipe import Gates
+
+CHUNK = 256  # positions whose logits are compared at once in fp32
+
+
+@torch.no_grad()
+def quality(teacher: Any, student: Any, ids: Tensor, batch: int, track: Track, title: str) -> dict[str, float]:
+    """KL(teacher ‖ student) in nats per token and the perplexities of both on ids (n, S)."""
+    total = {"kl": 0.0, "student": 0.0, "teacher": 0.0}
+    for rows in track(ids.split(batch), title):
+        rows = rows.to(teacher.device)
+        want, got = (model(rows, use_cache=False).logits for model in (teacher, student))
+        for start in range(0, rows.shape[1] - 1, CHUNK):
+            target = rows[:, start + 1 : start + 1 + CHUNK]
+            stop = start + target.shape[1]
+            p, q = (x[:, start:stop].float().log_softmax(-1) for x in (want, got))
+            total["kl"] += kl(p, q).sum().item()
+            for name, x in (("teacher", p), ("student", q)):
+                total[name] += F.nll_loss(x.flatten(0, 1), target.flatten(), reduction="sum").item()
+    tokens = ids.shape[0] * (ids.shape[1] - 1)
+    ppl = {name: float(torch.tensor(total[name] / tokens).exp()) for name in ("student", "teacher")}
+    return {
+        "kl": total["kl"] / tokens,
+        "perplexity": ppl["student"],
+        "teacher_perplexity": ppl["teacher"],
+        "perplexity_ratio": ppl["student"] / ppl["teacher"],
+    }
+
+
+@torch.no_grad()
+def retrieval(model: Any, needles: Needles, batch: int, track: Track, title: str) -> dict[str, float]:
+    """Share of needle cases answered exactly, and of single answer tokens ("digits").
+
+    A greedy answer is exact if and only if each of its tokens is the likeliest after the right ones before it, so one
+    forward pass per case decides.
+    """
+    right = []
+    at = needles.answer[0]
+    assert bool((needles.answer == at).all()), "every case ends with its answer"
+    for rows in track(needles.ids.split(batch), title):
+        rows = rows.to(model.device)
+        guess = host.logits_at(model, rows, at.to(model.device) - 1).argmax(-1)
+        right.append((guess == rows[:, at]).cpu())
+    hits = torch.cat(right)
+    return {
+        "exact": hits.all(1).double().mean().item(),
+        "digits": hits.double().mean().item(),
+        "cases": len(hits),
+        "length": needles.ids.shape[1],
+    }
+
+
+def costs(plan: Mapping[Site, Sequence[Spec]], length: int, element: int) -> dict[str, float]:
+    """Of a plan's attention at this length, by the cost model: cache bytes and FLOPs of a prefill, per sequence."""
+    kv_bytes = flops = 0.0
+    for site, specs in plan.items():
+        shape = Shape(queries=site.heads // site.kv_heads, dim=site.dim, element=element)
+        for spec in specs:
+            own = Window(size=site.limit, sinks=0) if spec == Full() and site.limit is not None else spec
+            cost = operators.of(own).prefill_cost(own, shape, length)
+            kv_bytes, flops = kv_bytes + cost.state_bytes, flops + cost.flops
+    return {"kv_bytes": kv_bytes, "flops": flops}
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes that a cache holds, measured on its tensors."""
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, host.OperatorLayer):
+            total += layer.state_bytes()
+        else:
+            total += sum(x.numel() * x.element_size() for x in (layer.keys, layer.values) if x is not None)
+    return total
+
+
+@torch.no_grad()
+def speed(
+    teacher: Any, student: Any, lengths: Sequence[int], repeats: int, decode_tokens: int, track: Track
+) -> dict[str, Any]:
+    """Prefill seconds and milliseconds per decoded token at each length, batch 1: medians of interleaved repeats."""
+    models = {"teacher": teacher, "student": student}
+    jobs = [(length, repeat) for length in sorted(lengths) for repeat in range(repeats)]
+    times: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    held: dict[tuple[int, str], int] = {}
+    for model in models.values():  # first calls allocate and choose kernels
+        _time_once(model, 256, 2)
+    for length, repeat in track(jobs, "speed"):
+        order = list(models) if repeat % 2 == 0 else list(models)[::-1]
+        for name in order:
+            prefill, decode, held[length, name] = _time_once(models[name], length, decode_tokens)
+            times.setdefault((length, name), []).append((prefill, decode))
+    result: dict[str, Any] = {}
+    for length in sorted(lengths):
+        entry: dict[str, Any] = {"repeats": repeats}
+        for name in models:
+            prefills, decodes = zip(*times[length, name], strict=True)
+            entry[name] = {
+                "prefill_s": statistics.median(prefills),
+                "decode_ms": statistics.median(decodes) * 1e3,
+                "kv_bytes": held[length, name],
+            }
+        entry["prefill_speedup"] = entry["teacher"]["prefill_s"] / entry["student"]["prefill_s"]
+        if decode_tokens:
+            entry["decode_speedup"] = entry["teacher"]["decode_ms"] / entry["student"]["decode_ms"]
+        entry["kv_ratio"] = entry["student"]["kv_bytes"] / entry["teacher"]["kv_bytes"]
+        result[str(length)] = entry
+    return result
+
+
+def _time_once(model: Any, length: int, decode_tokens: int) -> tuple[float, float, int]:
+    """Seconds of a prefill, seconds per decoded token, bytes of the cache after the prefill."""
+    gc.collect()
+    ids = torch.arange(length, device=model.device)[None] * 7919 % model.config.get_text_config().vocab_size
+    start = _now(model)
+    out = model(ids, use_cache=True, **host.last_logits(model))
+    prefill = _now(model) - start
+    held = cache_bytes(out.past_key_values)
+    cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+    start = _now(model)
+    for _ in range(decode_tokens):
+        out = model(token, past_key_values=cache, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+    return prefill, (_now(model) - start) / max(1, decode_tokens), held
+
+
+def _now(model: Any) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def check_gates(gates: Gates, evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each gate of the recipe with its limit, the student's value and whether it passed."""
+    student = evaluation["arms"]["student"]
+    rows: list[tuple[str, float, float, bool]] = []
+
+    def most(name: str, limit: float, value: float) -> None:
+        rows.append((name, limit, value, value <= limit))
+
+    def least(name: str, limit: float, value: float) -> None:
+        rows.append((name, limit, value, value >= limit))
+
+    for length, limit in gates.kl.items():
+        most(f"kl@{length}", limit, student["quality"][str(length)]["kl"])
+    for length, limit in gates.perplexity_ratio.items():
+        most(f"perplexity_ratio@{length}", limit, student["quality"][str(length)]["perplexity_ratio"])
+    if gates.retrieval_drop is not None:
+        most("retrieval_drop", gates.retrieval_drop, student["retrieval_drop"])
+    for length, limit in gates.kv_ratio.items():
+        most(f"kv_ratio@{length}", limit, student["kv_ratio"][str(length)])
+    for length, limit in gates.prefill_speedup.items():
+        least(f"prefill_speedup@{length}", limit, evaluation["speed"][str(length)]["prefill_speedup"])
+    if gates.converted is not None:
+        least("converted", gates.converted, student["converted"])
+    return [{"name": n, "limit": limit, "value": value, "passed": ok} for n, limit, value, ok in rows]

@@ -1,0 +1,81 @@
+"""What each stage depends on, and the key that says whether a result still belongs to its settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+STAGES = ("profile", "select", "sample", "distill", "evaluate", "export")
+
+# Raise a stage's number when its code comes to write something else for the same settings.
+SCHEMA: dict[str, int] = dict.fromkeys(STAGES, 1)
+
+UPSTREAM: dict[str, tuple[str, ...]] = {
+    "profile": (),
+    "select": ("profile",),
+    "sample": (),
+    "distill": ("select", "sample"),
+    "evaluate": ("distill",),
+    "export": ("distill",),
+}
+# Gates are in none: a bound judges a result, it does not change it.
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "profile": ("model", "text.calibration", "profile"),
+    "select": ("select", "compare"),
+    "sample": ("model", "text.calibration", "sample"),
+    "distill": ("distill", "compare"),
+    "evaluate": ("evaluate", "text.heldout"),
+    "export": ("export",),
+}
+READS_PLAN = ("distill", "evaluate", "export")
+
+
+def stage_key(stage: str, recipe: Mapping[str, Any], plan: Path) -> str:
+    """Hash of everything that the stage's result depends on; `recipe` is plain data with all defaults filled in."""
+    parts = {
+        "stage": stage,
+        "schema": SCHEMA[stage],
+        "recipe": {name: _section(recipe, name) for name in SECTIONS[stage]},
+        "upstream": {name: stage_key(name, recipe, plan) for name in UPSTREAM[stage]},
+        "plan": _plan_hash(plan) if stage in READS_PLAN else None,
+    }
+    return _hash(parts)
+
+
+def upstream(stage: str) -> tuple[str, ...]:
+    """Every stage whose result the stage reads, directly or through others, in their order."""
+    needed: set[str] = set()
+    waiting = list(UPSTREAM[stage])
+    while waiting:
+        name = waiting.pop()
+        needed.add(name)
+        waiting.extend(UPSTREAM[name])
+    return tuple(name for name in STAGES if name in needed)
+
+
+def _section(recipe: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = recipe
+    for name in dotted.split("."):
+        value = value[name]
+    return value
+
+
+def _plan_hash(path: Path) -> str | None:
+    """Hash of what the plan says: comments, order and spacing may change without making a result old."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        return _hash(yaml.safe_load(text))
+    except (yaml.YAMLError, TypeError, ValueError):
+        return hashlib.sha256(text.encode()).hexdigest()  # whoever reads it says what is wrong
+
+
+def _hash(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,281 @@
+"""Where models and texts come from: the hub, a folder, a GGUF file, a file inside a package.
+
+`fetch_model` and `read_texts` bring the files to this machine; `load_model` reads a model from them. What is absent,
+damaged or not the expected file is an AssetMissing that names it and says what to do.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from .documents import Document, read_texts, sibling
+from .errors import AssetMissing, PreflightError, UsageError, one_line
+from .files import sha256_file
+from .integrity import AGAIN, check_weights
+from .packages import cache_folder, offline, package_files, verify
+from .progress import Track, silent
+from .recipe_inputs import ModelSource, PackageFile
+
+__all__ = ["Document", "ModelFiles", "fetch_model", "load_model", "parse_model_argument", "read_texts"]
+
+UNKNOWN_KIND = re.compile(
+    r"Unrecognized (configuration class|model)|does not recognize this architecture"
+    r"|architecture \S+ (is )?not supported"
+)
+HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "tokenizer*")  # beside the weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """A model on this machine; `sha256` has one entry per weights file, by its name inside `folder`."""
+
+    folder: Path
+    gguf: str | None  # name of the GGUF file in `folder`, None for safetensors
+    revision: str | None  # commit of a hub model
+    sha256: dict[str, str]
+    name: str  # short, for titles and the model card
+
+
+# --- naming a model on the command line -------------------------------------------------------------------------------
+
+
+def parse_model_argument(given: str) -> ModelSource:
+    """`owner/name@revision`, a folder, `file.gguf`, or `package:name==version:file`, as a ModelSource.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    forms = "a folder, a .gguf file, a hub id owner/name[@revision], or package:name==version:file"
+    path = Path(given).expanduser().absolute()
+    package = re.fullmatch(r"package:([^=]+)==([^:]+):(.+)", given)
+    try:
+        if package:
+            return ModelSource(package=PackageFile(name=package[1], version=package[2], file=package[3]))
+        if given.startswith("package:"):
+            raise UsageError(f"{given!r} is not of the form package:name==version:file")
+        if given.endswith(".gguf"):
+            return ModelSource(gguf=path)
+        if path.is_dir() or given.startswith((".", "/", "~")):
+            return ModelSource(folder=path)
+        hub, _, revision = given.partition("@")
+        return ModelSource(hub=hub, revision=revision or None)
+    except ValidationError as error:
+        raise UsageError(f"{given!r} names no model: give {forms}") from error
+
+
+# --- bringing it here -------------------------------------------------------------------------------------------------
+
+
+def fetch_model(source: ModelSource, *, track: Track = silent) -> ModelFiles:
+    """The files of a model, downloaded if need be; checksums that the recipe gives are verified.
+
+    Raises:
+        AssetMissing: it cannot be had, or is not the expected one.
+        PreflightError: there is no room or no right to store it.
+    """
+    if source.hub is not None:
+        return _from_hub(source.hub, source.revision, source.trust_remote_code, track)
+    if source.package is not None:
+        return _from_package(source.package, track)
+    if source.folder is not None:
+        return _from_folder(source.folder, source.folder.name, None, track)
+    if source.gguf is None:
+        raise UsageError("the model has no source: give hub, folder, gguf or package")
+    if not source.gguf.is_file():
+        raise AssetMissing(f"no file {source.gguf}{sibling(source.gguf)}")
+    for _ in track((source.gguf,), "checking the model file", total=1):
+        digest = sha256_file(source.gguf)
+    return _from_gguf(source.gguf, digest)
+
+
+def _from_gguf(path: Path, digest: str) -> ModelFiles:
+    return ModelFiles(folder=path.parent, gguf=path.name, revision=None, sha256={path.name: digest}, name=path.stem)
+
+
+def _from_package(wanted: PackageFile, track: Track) -> ModelFiles:
+    pattern = glob.escape(wanted.file)
+    path = package_files(wanted.name, wanted.version, [pattern], track=track)[wanted.file]
+    in_cache = cache_folder() / "packages" in path.parents
+    hint = "delete its folder and run again" if in_cache else "the installed package holds another file"
+    for _ in track((path,), "checking the model file", total=1):
+        digest = verify(path, wanted.sha256, hint) if wanted.sha256 else sha256_file(path)
+    if path.suffix == ".gguf":
+        return _from_gguf(path, digest)
+    return _from_folder(path.parent, wanted.name, None, track)
+
+
+def _from_folder(folder: Path, name: str, revision: str | None, track: Track) -> ModelFiles:
+    if not folder.is_dir():
+        raise AssetMissing(f"no folder {folder}{sibling(folder)}")
+    gguf = sorted(path.name for path in folder.glob("*.gguf"))
+    hint = f"; it holds {gguf[0]}: give that file as the model" if gguf else ""
+    if not (folder / "config.json").is_file():
+        raise AssetMissing(f"{folder} has no config.json, so it is no Hugging Face model folder{hint}")
+    weights = _weights(folder)
+    if not weights:
+        raise AssetMissing(f"{folder} has no weights (model.safetensors){hint}")
+    digests = {path.name: _digest(path) for path in track(weights, "checking the model files", total=len(weights))}
+    return ModelFiles(folder=folder, gguf=None, revision=revision, sha256=digests, name=name)
+
+
+def _digest(path: Path) -> str:
+    """The sha256 of a file; the hub's cache names its large files by it."""
+    blob = path.resolve().name
+    return blob if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob) else sha256_file(path)
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files that transformers would read the weights from."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{single}.index.json"
+        if (folder / single).is_file():
+            return [folder / single]
+        if index.is_file():
+            try:
+                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise AssetMissing(f"{index} is corrupt: no list of weights files; {AGAIN}") from error
+            missing = [shard for shard in shards if not (folder / shard).is_file()]
+            if missing:
+                raise AssetMissing(
+                    f"{folder} lacks {len(missing)} of {len(shards)} weights files: {', '.join(missing)}"
+                )
+            return [folder / shard for shard in shards]
+    return []
+
+
+def _from_hub(hub: str, revision: str | None, code: bool, track: Track) -> ModelFiles:
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    wanted = f"{hub}@{revision}" if revision else hub
+    patterns = [*HUB_FILES, "*.py"] if code else [*HUB_FILES]
+    folder = Path()
+    try:
+        for _ in track((wanted,), f"fetching {wanted}", total=1):
+            for weights in ("*.safetensors", "*.bin"):
+                kept = huggingface_hub.snapshot_download(hub, revision=revision, allow_patterns=[*patterns, weights])
+                folder = Path(kept)
+                if any(folder.glob(weights)):
+                    break
+    except GatedRepoError as error:
+        raise AssetMissing(f"{hub} is gated: accept its terms on the hub and set HF_TOKEN") from error
+    except RepositoryNotFoundError as error:
+        raise AssetMissing(
+            f"no model {hub!r} on the hub, nor a folder of that name; a private one needs HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise AssetMissing(f"{hub} has no revision {revision!r}") from error
+    except HFValidationError as error:
+        raise UsageError(f"{hub!r} is no hub id, nor a folder: {one_line(error)}") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        why = "HF_HUB_OFFLINE forbids the network: unset it" if offline() else "the hub is not reachable: try again"
+        raise AssetMissing(f"{wanted} is not in the local hub cache, and {why}, or give a folder or file") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise AssetMissing(f"cannot fetch {wanted} from the hub: {one_line(error)}") from error
+    return _from_folder(folder, hub, folder.name, track)
+
+
+# --- loading it -------------------------------------------------------------------------------------------------------
+
+
+def load_model(files: ModelFiles, source: ModelSource) -> tuple[Any, Any]:
+    """The model (on CPU, eval mode, weights in `source.dtype`) and its tokenizer.
+
+    A GGUF is unpacked into plain weights; `save_pretrained` works and a reload is bit-equal.
+
+    Raises:
+        AssetMissing: the files are damaged or incomplete.
+        UsageError: transformers knows no causal language model of this kind, or it needs code that is not trusted.
+        PreflightError: a package is missing or memory is full.
+    """
+    for name in files.sha256:
+        check_weights(files.folder / name)
+    torch = importlib.import_module("torch")
+    transformers = importlib.import_module("transformers")
+    options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
+    if files.gguf:
+        options["gguf_file"] = files.gguf
+    unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)} if files.gguf else {}
+    with _explained(files, "model"):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            files.folder,
+            dtype=getattr(torch, source.dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with the shapes
+            **options,
+            **unpack,
+        )
+    _check_complete(info, _where(files))
+    with _explained(files, "tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, **options)
+    _forget_quantization(model)
+    return model.eval(), tokenizer
+
+
+def _check_complete(info: dict[str, Any], where: Path) -> None:
+    """transformers fills tensors that are absent or of another shape with random numbers, and only warns."""
+    for name, found, wanted in info["mismatched_keys"]:
+        raise AssetMissing(f"{where} does not fit its config: {name} has shape {[*found]}, not {[*wanted]}; {AGAIN}")
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise AssetMissing(f"{where} lacks {len(missing)} of the model's tensors, such as {missing[0]}; {AGAIN}")
+
+
+def _where(files: ModelFiles) -> Path:
+    return files.folder / files.gguf if files.gguf else files.folder
+
+
+@contextmanager
+def _explained(files: ModelFiles, what: str) -> Iterator[None]:
+    """Tells in one line what a loader raises; on damaged files that is anything, from KeyError to plain Exception."""
+    where = _where(files)
+    try:
+        yield
+    except Exception as error:
+        told = " ".join(str(error).split()).rstrip(".")
+        if isinstance(error, MemoryError) or "can't allocate memory" in told or "out of memory" in told:
+            raise PreflightError(f"not enough memory to load {where}: {one_line(told)}") from error
+        if isinstance(error, ImportError):
+            raise PreflightError(f"a package is missing to load {where}: {one_line(told)}") from error
+        if "trust_remote_code" in told:
+            raise UsageError(
+                f"{where} brings its own code: read it, then set model.trust_remote_code to true"
+            ) from error
+        if UNKNOWN_KIND.search(told):
+            reason = one_line(told.partition(". ")[0])
+            raise UsageError(f"{where} is no causal language model that transformers knows: {reason}") from error
+        if what == "tokenizer" and not files.gguf and not any(files.folder.glob("*token*")):
+            raise AssetMissing(f"{where} has no tokenizer (tokenizer.json); {AGAIN}") from error
+        reason = f"{type(error).__name__}: {one_line(told)}"
+        raise AssetMissing(f"the {what} in {where} is damaged or incomplete: {reason}; {AGAIN}") from error
+
+
+def _forget_quantization(model: Any) -> None:
+    """An unpacked model is an ordinary one, though `save_pretrained` refuses while these traces say otherwise."""
+    for holder, name in (
+        (model.config, "quantization_config"),
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+    ):
+        if getattr(holder, name, None) is not None:
+            delattr(holder, name)
+    model.is_quantized = False

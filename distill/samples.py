@@ -1,0 +1,147 @@
+"""Self-generation: token sequences that the teacher writes, in shards that are whole or absent.
+
+Each sequence has a seed of its own, a hash of the run's seed and its number, so that which sequences there are does
+not depend on batch size, shards or interruptions; only the rounding of the arithmetic can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from ..convert.errors import AssetMissing, UsageError
+from ..convert.files import replacing
+from ..convert.text import rng, sequences
+
+if TYPE_CHECKING:
+    from ..convert.progress import Track
+    from ..convert.recipe import SampleSettings
+
+
+class GumbelNoise(LogitsProcessor):
+    """Greedy search over logits plus Gumbel noise is sampling from their softmax; each row draws from its own stream."""
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self.generators = generators
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """scores (B, V) → the same with noise."""
+        uniform = torch.stack([torch.rand(scores.shape[-1], generator=g) for g in self.generators]).to(scores.device)
+        return scores.float() - (-uniform.clamp_min(1e-30).log()).log()
+
+
+def prompts(tokenizer: Any, documents: Sequence[Any], settings: SampleSettings) -> Tensor:
+    """What each sequence starts from, (n, P): text, the beginning-of-sequence token, or an open chat turn."""
+    if settings.prompts == "text":
+        return sequences(tokenizer, documents, settings.sequences, settings.prompt_tokens, settings.seed)
+    if settings.prompts == "bos":
+        if tokenizer.bos_token_id is None:
+            raise UsageError("sample.prompts is bos, but this tokenizer has no such token: use text or chat")
+        start = [tokenizer.bos_token_id]
+    else:
+        if not tokenizer.chat_template:
+            raise UsageError("sample.prompts is chat, but this tokenizer has no chat template: use text or bos")
+        marked = tokenizer.apply_chat_template([{"role": "user", "content": "\x00"}], tokenize=False)
+        start = tokenizer(marked.partition("\x00")[0], add_special_tokens=False)["input_ids"]
+    return torch.tensor([start]).expand(settings.sequences, -1)
+
+
+def shard_path(folder: Path, shard: int, shards: int) -> Path:
+    """Where a shard lies."""
+    return folder / f"shard-{shard:05d}-of-{shards:05d}.parquet"
+
+
+def shard_count(settings: SampleSettings) -> int:
+    """How many shards the settings make."""
+    return -(-settings.sequences // settings.shard)
+
+
+@torch.no_grad()
+def sample(model: Any, starts: Tensor, settings: SampleSettings, folder: Path, track: Track) -> None:
+    """Write the shards that are missing. `starts` (n, P) are the prompts; each sequence gets `settings.length` tokens."""
+    shards = shard_count(settings)
+    for shard in range(shards):
+        path = shard_path(folder, shard, shards)
+        if path.exists():
+            continue
+        numbers = range(shard * settings.shard, min((shard + 1) * settings.shard, settings.sequences))
+        rows: list[list[int]] = []
+        batches = [numbers[i : i + settings.batch] for i in range(0, len(numbers), settings.batch)]
+        for n, batch in enumerate(batches):
+            title = f"sampling, shard {shard + 1} of {shards}" + (f", batch {n + 1}" if len(batches) > 1 else "")
+            rows += _generate(model, starts, batch, settings, track, title).tolist()
+        table = pa.table(
+            {
+                "sequence": list(numbers),
+                "prompt_tokens": [starts.shape[1]] * len(rows),
+                "tokens": pa.array(rows, type=pa.list_(pa.int32())),
+            }
+        )
+        with replacing(path) as temporary:
+            pq.write_table(table, temporary)
+
+
+class _Count(LogitsProcessor):
+    """Moves the progress bar at every generated token."""
+
+    def __init__(self, ticks: Any) -> None:
+        self.ticks = iter(ticks)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        next(self.ticks, None)
+        return scores
+
+
+def _generate(
+    model: Any, starts: Tensor, numbers: Sequence[int], settings: SampleSettings, track: Track, title: str
+) -> Tensor:
+    start = starts[list(numbers)].to(model.device)
+    new = settings.length - start.shape[1]
+    ticks = track(range(new), title)
+    chain: list[LogitsProcessor] = [_Count(ticks)]
+    if settings.temperature > 0:
+        chain += [TemperatureLogitsWarper(settings.temperature)] if settings.temperature != 1 else []
+        chain += [TopPLogitsWarper(settings.top_p)] if settings.top_p < 1 else []
+        chain += [GumbelNoise([rng("sample", settings.seed, n) for n in numbers])]
+    ids: Tensor = model.generate(
+        start,
+        attention_mask=torch.ones_like(start),
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        eos_token_id=None,  # a sequence goes on after an end of text, as training text does
+        pad_token_id=0,
+        logits_processor=LogitsProcessorList(chain),
+    )
+    for _ in chain[0].ticks:  # type: ignore[attr-defined]  # let the bar finish
+        pass
+    return ids.cpu()
+
+
+def read_samples(folder: Path, settings: SampleSettings) -> Tensor:
+    """All sequences, (n, S), in their order.
+
+    Raises:
+        AssetMissing: a shard is absent or cannot be read.
+    """
+    shards = shard_count(settings)
+    rows: list[list[int]] = []
+    for shard in range(shards):
+        path = shard_path(folder, shard, shards)
+        try:
+            rows += pq.read_table(path)["tokens"].to_pylist()
+        except FileNotFoundError:
+            raise AssetMissing(f"{path} is missing: run `attnconvert sample` again") from None
+        except pa.ArrowException as error:
+            raise AssetMissing(f"{path} cannot be read ({error}): delete it and run `attnconvert sample` again") from None
+    return torch.tensor(rows)
