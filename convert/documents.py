@@ -83,6 +83,16 @@ def _rows(wanted: TextDataset) -> Iterator[Document]:
             yield Document(name=f"{wanted.path}/{wanted.split}/{index:06d}", text=text)
 
 
+def refuse_overlap(calibration: Iterable[Document], heldout: Iterable[Document]) -> None:
+    """Raises UsageError if a heldout document is also a calibration document, under whatever name."""
+    known = {document.text: document.name for document in calibration}
+    shared = [(document.name, known[document.text]) for document in heldout if document.text in known]
+    if shared:
+        name, other = shared[0]
+        also = f" (and {len(shared) - 1} more)" if len(shared) > 1 else ""
+        raise UsageError(f"heldout text {name} is calibration text {other}{also}: judge the result on other text")
+
+
 def sibling(path: Path) -> str:
     """What to say after a path that does not exist: a name like it in the same folder, or that there is no folder."""
     parent = path.parent

@@ -77,7 +77,8 @@ def head_map(
     `scale` is (colour, text at its pale end, text at its full end, what it shows).
     """
     step = min((width - _LEFT - 4) / max(1, len(columns)), 34.0)
-    high = min(max(step * 0.62, 7.0), 17.0) if rows <= 16 else min(max(240.0 / rows, 4.0), 12.0)
+    tall = 0.95 if rows <= 4 else 0.62
+    high = min(max(step * tall, 7.0), 17.0) if rows <= 16 else min(max(240.0 / rows, 4.0), 12.0)
     gap = 4.0 if group > 1 else 0.0
     head, top = _legend(legend, scale, width)
     body: list[str] = []
@@ -164,7 +165,7 @@ def _legend(legend: Sequence[Swatch], scale: tuple[str, str, str, str] | None, w
         for index in range(12):
             style = f"fill:{colour};fill-opacity:{max(0.04, index / 11):.2f};stroke:{GRID};stroke-width:.7"
             parts.append(f'<rect x="{x + index * 9:.1f}" y="{y - 10:.1f}" width="9" height="12" style="{style}"/>')
-        parts.append(_text(x + 12 * 9 + 8, y, f"{top}   {label}", "start"))
+        parts.append(_text(x + 12 * 9 + 8, y, f"{top}  ({label})", "start"))
     return parts, y + (24 if parts else 6)
 
 

@@ -39,7 +39,7 @@ def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Plot | None:
         return None
     titles = {"transfer": "Attention transfer: error of the attention outputs", "lora": "LoRA: KL to the teacher"}
     with _style() as new:
-        figure = new(7.6, 3.1)
+        figure = new(7.6, 3.2)
         axes = figure.subplots(1, len(phases), squeeze=False)[0]
         arms = list(logs)
         for axis, (phase, curves) in zip(axes, phases.items(), strict=True):
@@ -50,11 +50,12 @@ def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Plot | None:
                 axis.set_yscale("log")
             else:
                 axis.set_ylim(bottom=0)
+                axis.locator_params(axis="y", nbins=6)
             axis.set_title(titles.get(phase, phase) if len(phases) == 1 else titles.get(phase, phase).split(":")[0])
             axis.set_xlabel("step")
         axes[0].set_ylabel("loss")
         if len(arms) > 1:
-            axes[-1].legend()
+            figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside upper left", ncols=6)
         return _draw(figure, "loss")
 
 
@@ -76,7 +77,7 @@ def tradeoff(points: Mapping[str, tuple[float, float]], x_label: str, y_label: s
     if len(points) < 2:
         return None
     with _style() as new:
-        figure = new(7.6, 3.1)
+        figure = new(5.4, 3.3)
         axis = figure.subplots()
         axis.plot([1.0], [0.0], marker="*", markersize=10, linestyle="", color=MUTED, label="teacher")
         for index, (arm, (x, y)) in enumerate(points.items()):
@@ -85,9 +86,10 @@ def tradeoff(points: Mapping[str, tuple[float, float]], x_label: str, y_label: s
         axis.set_xlim(0, max(1.08, *(x * 1.1 for x, _ in points.values())))
         top = max(y for _, y in points.values())
         axis.set_ylim(-0.04 * top, 1.15 * top if top > 0 else 1)
+        axis.locator_params(axis="y", nbins=6)
         axis.set_xlabel(x_label)
         axis.set_ylabel(y_label)
-        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        figure.legend(loc="outside upper left", ncols=4)
         return _draw(figure, "tradeoff")
 
 
@@ -96,7 +98,7 @@ def times(series: Mapping[str, Mapping[int, float]], y_label: str) -> Plot | Non
     if len({length for line in series.values() for length in line}) < 2:
         return None
     with _style() as new:
-        figure = new(7.6, 3.1)
+        figure = new(5.4, 3.3)
         axis = figure.subplots()
         arms = [arm for arm in series if arm != "teacher"]
         for arm, line in series.items():
@@ -104,15 +106,20 @@ def times(series: Mapping[str, Mapping[int, float]], y_label: str) -> Plot | Non
             colour = MUTED if arm == "teacher" else ARM_COLOURS[index % len(ARM_COLOURS)]
             lengths = sorted(line)
             axis.plot(lengths, [line[n] for n in lengths], color=colour, marker=MARKERS[index], markersize=5, label=arm)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
         ticks = sorted({length for line in series.values() for length in line})
+        if ticks[-1] > 16 * ticks[0]:
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        else:
+            axis.set_xlim(left=0)
+            axis.set_ylim(bottom=0)
+            axis.locator_params(axis="y", nbins=6)
         axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
         axis.minorticks_off()
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_xlabel("tokens")
         axis.set_ylabel(y_label)
-        axis.legend()
+        figure.legend(loc="outside upper left", ncols=4)
         return _draw(figure, "times")
 
 
@@ -145,6 +152,9 @@ def _style() -> Iterator[Any]:
         "ytick.color": MUTED,
         "lines.linewidth": 1.7,
         "legend.frameon": False,
+        "legend.borderaxespad": 0.2,
+        "legend.columnspacing": 1.6,
+        "legend.handletextpad": 0.5,
         "figure.constrained_layout.use": True,
     }
     with matplotlib.rc_context(settings):

@@ -124,12 +124,12 @@ def _spec_findings(given: Any) -> Iterator[InitErrorDetails]:
         yield _located((), f"must be an operator such as {{operator: window, size: 128}}, not {show(given)}", given)
         return
     name = given.get("operator")
-    if name not in OPERATORS:
-        where = ("operator",) if "operator" in given else ()
-        yield _located(where, _refusal({"operator": name} if where else {}), given)
+    if not isinstance(name, str) or name not in OPERATORS:
+        where = ("operator",) if name is not None else ()
+        yield _located(where, _refusal({"operator": str(name)} if where else {}), given)
         return
     for key, value in given.items():
-        if key != "operator" and (message := _refusal({"operator": name, key: value})):
+        if key != "operator" and (message := _refusal({"operator": name, str(key): value})):
             yield _located((key,), message, value)
 
 

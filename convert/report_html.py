@@ -115,11 +115,11 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
     return f'<dl class="facts">{rows}</dl>' if rows else ""
 
 
-def tile(label: str, value: str, detail: str = "") -> str:
-    return (
-        f'<div class="tile"><span class="label">{escape(label)}</span><span class="value">{escape(value)}</span>'
-        f'<span class="detail">{escape(detail)}</span></div>'
-    )
+def tile(label: str, value: str, *details: str, bad: bool = False) -> str:
+    """A figure with its name and lines of small print; `bad` marks a loss where a gain was hoped for."""
+    lines = "".join(f'<span class="detail">{escape(line)}</span>' for line in details if line)
+    shown = f"<b class=\"bad\">{escape(value)}</b>" if bad else escape(value)
+    return f'<div class="tile"><span class="label">{escape(label)}</span><span class="value">{shown}</span>{lines}</div>'
 
 
 def figure(picture: str, caption: str = "") -> str:
@@ -194,16 +194,18 @@ pre {{ margin: 0; padding: 14px 16px; background: var(--card); border: 1px solid
 .stages li.old span {{ color: var(--bad); }}
 .balance {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 28px; margin: 22px 0; }}
 .balance h3 {{ margin: 0 0 8px; color: var(--muted); font-weight: 560; font-size: 13.5px; }}
-.tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(148px, 1fr)); gap: 10px; }}
+.tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 10px; }}
 .tile {{ padding: 12px 14px; border: 1px solid var(--line); border-radius: 8px; background: var(--card); }}
 .tile span {{ display: block; }}
 .tile .label {{ font-size: 12.5px; color: var(--muted); }}
-.tile .value {{ font-size: 23px; font-weight: 620; letter-spacing: -0.015em; line-height: 1.35; }}
-.tile .detail {{ font-size: 12.5px; color: var(--muted); line-height: 1.4; min-height: 1.4em; }}
+.tile .value {{ font-size: 23px; font-weight: 620; letter-spacing: -0.015em; line-height: 1.35; white-space: nowrap; }}
+.tile b {{ font-weight: inherit; }}
+.tile .detail {{ font-size: 12.5px; color: var(--muted); line-height: 1.45; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; width: 100%; font-size: 14px; }}
 th, td {{ padding: 6px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; vertical-align: top; }}
 th:first-child, td:first-child {{ padding-left: 2px; }}
+th:last-child, td:last-child {{ padding-right: 2px; }}
 thead th {{ color: var(--muted); font-weight: 560; font-size: 13px; border-bottom-color: var(--muted); vertical-align: bottom; }}
 th.text, td.text {{ text-align: left; }}
 td.wide {{ white-space: normal; }}
@@ -216,13 +218,11 @@ figure svg {{ display: block; max-width: 100%; height: auto; }}
 figure svg.map {{ min-width: 620px; width: 100%; }}
 figure svg text {{ font-family: inherit !important; }}
 figcaption {{ margin-top: 8px; }}
-.maps {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 6px 28px; }}
+.maps {{ display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 6px 28px; }}
 .maps figure svg.map {{ min-width: 0; }}
-.maps h3 {{ margin-bottom: 0; }}
-.legend {{ display: flex; flex-wrap: wrap; gap: 5px 20px; margin: 12px 0 6px; padding: 0; list-style: none; font-size: 13.5px; }}
-.legend i {{ display: inline-block; width: 13px; height: 13px; margin-right: 7px; border-radius: 3px; vertical-align: -1.5px; }}
-.legend i.dot {{ width: 9px; height: 9px; border-radius: 50%; background: var(--ink); margin: 0 9px 0 2px; vertical-align: 0; }}
-.legend span {{ color: var(--muted); }}
+.maps.wide {{ grid-template-columns: 1fr; }}
+.maps h3 {{ margin: 16px 0 2px; }}
+.maps figure {{ margin: 8px 0 14px; }}
 .conclusions {{ margin: 16px 0 4px; padding-left: 20px; max-width: 92ch; }}
 .conclusions li {{ margin-bottom: 6px; }}
 .facts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 6px 24px; margin: 10px 0 18px; }}
@@ -232,11 +232,13 @@ figcaption {{ margin-top: 8px; }}
 .facts dd {{ margin: 0; font-size: 13.5px; text-align: right; overflow-wrap: anywhere; }}
 details {{ margin: 14px 0; }}
 summary {{ cursor: pointer; color: var(--accent); font-size: 14px; padding: 3px 0; }}
-@media (max-width: 720px) {{
+@media screen and (max-width: 720px) {{
   main {{ padding: 24px 16px 48px; }}
   h1 {{ font-size: 25px; }}
   .stages {{ grid-template-columns: repeat(2, 1fr); }}
-  .maps {{ grid-template-columns: 1fr; }}
+  .maps {{ grid-template-columns: minmax(0, 1fr); }}
+  .maps figure svg.map {{ min-width: 440px; }}
+  th:first-child, td:first-child {{ position: sticky; left: 0; background: var(--page); white-space: normal; min-width: 112px; }}
   th, td {{ padding: 6px 9px; }}
 }}
 @media print {{

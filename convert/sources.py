@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .documents import Document, read_texts, sibling
+from .documents import Document, read_texts, refuse_overlap, sibling
 from .errors import AssetMissing, PreflightError, UsageError, one_line
 from .files import sha256_file
 from .integrity import AGAIN, check_weights
@@ -26,7 +26,15 @@ from .packages import cache_folder, offline, package_files, verify
 from .progress import Track, silent
 from .recipe_inputs import ModelSource, PackageFile
 
-__all__ = ["Document", "ModelFiles", "fetch_model", "load_model", "parse_model_argument", "read_texts"]
+__all__ = [
+    "Document",
+    "ModelFiles",
+    "fetch_model",
+    "load_model",
+    "parse_model_argument",
+    "read_texts",
+    "refuse_overlap",
+]
 
 UNKNOWN_KIND = re.compile(
     r"Unrecognized (configuration class|model)|does not recognize this architecture"
@@ -56,7 +64,7 @@ def parse_model_argument(given: str) -> ModelSource:
         UsageError: it is none of these.
     """
     forms = "a folder, a .gguf file, a hub id owner/name[@revision], or package:name==version:file"
-    path = Path(given).expanduser().absolute()
+    path = Path(given or "?").expanduser().absolute()  # "" would be the working directory
     package = re.fullmatch(r"package:([^=]+)==([^:]+):(.+)", given)
     try:
         if package:
@@ -247,26 +255,30 @@ def _where(files: ModelFiles) -> Path:
 @contextmanager
 def _explained(files: ModelFiles, what: str) -> Iterator[None]:
     """Tells in one line what a loader raises; on damaged files that is anything, from KeyError to plain Exception."""
-    where = _where(files)
     try:
         yield
-    except Exception as error:
-        told = " ".join(str(error).split()).rstrip(".")
-        if isinstance(error, MemoryError) or "can't allocate memory" in told or "out of memory" in told:
-            raise PreflightError(f"not enough memory to load {where}: {one_line(told)}") from error
-        if isinstance(error, ImportError):
-            raise PreflightError(f"a package is missing to load {where}: {one_line(told)}") from error
-        if "trust_remote_code" in told:
-            raise UsageError(
-                f"{where} brings its own code: read it, then set model.trust_remote_code to true"
-            ) from error
-        if UNKNOWN_KIND.search(told):
-            reason = one_line(told.partition(". ")[0])
-            raise UsageError(f"{where} is no causal language model that transformers knows: {reason}") from error
-        if what == "tokenizer" and not files.gguf and not any(files.folder.glob("*token*")):
-            raise AssetMissing(f"{where} has no tokenizer (tokenizer.json); {AGAIN}") from error
-        reason = f"{type(error).__name__}: {one_line(told)}"
-        raise AssetMissing(f"the {what} in {where} is damaged or incomplete: {reason}; {AGAIN}") from error
+    except BaseException as error:
+        # a panic of Rust code, such as tokenizers', is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise _told(error, files, what) from error
+
+
+def _told(error: BaseException, files: ModelFiles, what: str) -> Exception:
+    text, where = " ".join(str(error).split()).rstrip("."), _where(files)
+    if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
+        return PreflightError(f"not enough memory to load {where}: {one_line(text)}")
+    if isinstance(error, ImportError):
+        return PreflightError(f"a package is missing to load {where}: {one_line(text)}")
+    if "trust_remote_code" in text:
+        return UsageError(f"{where} brings its own code: read it, then set model.trust_remote_code to true")
+    if UNKNOWN_KIND.search(text):
+        reason = one_line(text.partition(". ")[0])
+        return UsageError(f"{where} is no causal language model that transformers knows: {reason}")
+    if what == "tokenizer" and not files.gguf and not any(files.folder.glob("*token*")):
+        return AssetMissing(f"{where} has no tokenizer (tokenizer.json); {AGAIN}")
+    reason = f"{type(error).__name__}: {one_line(text)}"
+    return AssetMissing(f"the {what} in {where} is damaged or incomplete: {reason}; {AGAIN}")
 
 
 def _forget_quantization(model: Any) -> None:

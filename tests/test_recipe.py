@@ -196,6 +196,8 @@ def test_problems_are_data_for_machines() -> None:
         ("select: {method: explicit, explicit: 3}", "must map layers to operators"),
         ("select: {groups: 0.5, operator: {operator: linear}}", "linear-hedgehog is not measured; profile.candidates"),
         ("select: {groups: 0.5, operator: {size: 3}}", "6:23: select.operator: operator is missing: name one of"),
+        ("select: {groups: 0.5, operator: {operator: [a]}}", "6:34: select.operator.operator: no operator"),
+        ("select: {groups: 0.5, operator: {operator: window, 3: 4}}", "operator 'window' has no setting '3'"),
         ("profile: {damage: false}", "6:11: profile.damage: select.method is damage, which must then be measured"),
         ("profile: {candidates: [{operator: full}]}", "6:24: profile.candidates.0: full attention is what"),
         ("profile: {needles: {template: locker}}", "evaluate.needles.template: 'locker' is also what was profiled on"),

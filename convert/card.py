@@ -1,0 +1,257 @@
+"""The model card of an exported checkpoint: what was converted, how to load it, what was measured, what it cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ..kernels.spec import OPERATORS, Spec, label, spec_to_dict
+from .artefacts import dig
+from .recipe import dump_recipe
+from .report_html import NONE, duration, number, percent, ratio, size, tokens
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+LOAD = """\
+## Use
+
+With `trust_remote_code=True` nothing but transformers is needed, since the code of the operators lies beside the weights:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+inputs = tokenizer("The state of the union is", return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+```
+
+Where code from a model folder is not to be run, `pip install attnconvert` and import it first:
+
+```python
+import attnconvert
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+"""
+LIMITS = """\
+## Limits
+
+- The cache cannot take tokens back (`crop`), so assisted decoding and prompt lookup raise an error.
+- There is no static cache and no offloaded cache: the states are small and grow or stay as they are.
+- Packed sequences and custom attention masks raise an error: pad the batch instead.
+- Attention dropout is not applied; it matters only where the model is trained on.
+- A converted group sees what its operator keeps. What was not measured above, such as longer contexts or other
+  languages, may have suffered more.
+"""
+
+
+def model_card(recipe: Recipe, manifest: Mapping[str, Any], base_class: str, evaluation: Mapping[str, Any] | None) -> str:
+    """README.md of the exported folder.
+
+    Args:
+        manifest: of the run; base_class: the stock class, such as LlamaForCausalLM; evaluation: evaluation.json, or
+            None if the export came first.
+    """
+    parts = [
+        _front_matter(recipe, evaluation),
+        _what(recipe, manifest, base_class, evaluation),
+        LOAD,
+        _measured(evaluation),
+        _gates(evaluation),
+        LIMITS,
+        _made(recipe, manifest),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def figures(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The measured table as text: the arms, teacher and student first, and a row of name and cells per figure."""
+    found = dig(evaluation, "arms", default={})
+    arms = sorted(found, key=lambda arm: {"teacher": 0, "student": 1}.get(arm, 2))
+    rows = [
+        ["KV groups converted", *(NONE if arm == "teacher" else percent(dig(found[arm], "converted")) for arm in arms)],
+        ["trained", *({True: "yes", False: "no"}.get(dig(found[arm], "trained"), NONE) for arm in arms)],
+        *_quality(arms, found),
+        *_costs(arms, found),
+        *_speed(arms, dig(evaluation, "speed", default={})),
+    ]
+    return arms, [row for row in rows if any(cell != NONE for cell in row[1:])]
+
+
+def _lengths(found: Mapping[str, Any], field: str) -> list[str]:
+    return sorted({length for entry in found.values() for length in dig(entry, field, default={})}, key=int)
+
+
+def _beside(shown: str, against: Any) -> str:
+    """A figure and, in brackets, its ratio to the teacher's."""
+    return shown if against is None or shown == NONE else f"{shown} ({ratio(against)})"
+
+
+def _quality(arms: Sequence[str], found: Mapping[str, Any]) -> Iterator[list[str]]:
+    for length in _lengths(found, "quality"):
+        cells = [dig(found[arm], "quality", length, default={}) for arm in arms]
+        yield [f"KL @ {tokens(length)}", *(number(cell.get("kl")) for cell in cells)]
+        yield [
+            f"perplexity @ {tokens(length)}",
+            *(_beside(number(cell.get("perplexity"), 4), cell.get("perplexity_ratio")) for cell in cells),
+        ]
+    length = next((entry["retrieval"]["length"] for entry in found.values() if dig(entry, "retrieval", "length")), None)
+    if length:
+        yield [f"needles @ {tokens(length)}", *(percent(dig(found[arm], "retrieval", "exact")) for arm in arms)]
+        yield [f"answer digits @ {tokens(length)}", *(percent(dig(found[arm], "retrieval", "digits")) for arm in arms)]
+
+
+def _costs(arms: Sequence[str], found: Mapping[str, Any]) -> Iterator[list[str]]:
+    for length in _lengths(found, "kv_bytes"):
+        yield [
+            f"KV cache @ {tokens(length)}",
+            *(_beside(size(dig(found[arm], "kv_bytes", length)), dig(found[arm], "kv_ratio", length)) for arm in arms),
+        ]
+    for length in _lengths(found, "flops_ratio"):
+        yield [f"attention FLOPs @ {tokens(length)}", *(ratio(dig(found[arm], "flops_ratio", length)) for arm in arms)]
+
+
+def _speed(arms: Sequence[str], speed: Mapping[str, Any]) -> Iterator[list[str]]:
+    for length, entry in sorted(speed.items(), key=lambda item: int(item[0])):
+        for title, field, scale in (("prefill", "prefill_s", 1.0), ("decode a token", "decode_ms", 1e-3)):
+            before = dig(entry, "teacher", field)
+            row = []
+            for arm in arms:
+                taken = dig(entry, arm, field)
+                shown = duration(taken * scale) if taken else NONE
+                row.append(shown if arm == "teacher" or not (taken and before) else f"{shown} ({number(before / taken)}× faster)")
+            yield [f"{title} @ {tokens(length)}", *row]
+
+
+def circumstances(evaluation: Mapping[str, Any]) -> str:
+    """In one sentence: on how much of which text, with which seed, on which machine."""
+    data, machine = dig(evaluation, "data", default={}), dig(evaluation, "machine", default={})
+    lengths = " and ".join(tokens(length) for length in data.get("lengths", []))
+    first, last = (_shortened(dig(data, "text", end, default="")) for end in ("first", "last"))
+    needles = dig(evaluation, "arms", "teacher", "retrieval", "cases")
+    parts = [
+        f"{data.get('sequences')} held-out sequences of {lengths} tokens each",
+        f"from {dig(data, 'text', 'documents')} documents ({first} to {last})",
+        f"{needles} needle cases (template {dig(data, 'needles', 'template')})",
+        f"seed {data.get('seed')}",
+        ", ".join([str(machine.get("cpu")), f"{machine.get('cores')} cores", *machine.get("gpu", [])]),
+    ]
+    return "; ".join(parts)
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
+def _front_matter(recipe: Recipe, evaluation: Mapping[str, Any] | None) -> str:
+    operators = {name.partition("-")[0] for name in dig(evaluation, "arms", "student", "operators", default={})}
+    words = {"window": "sliding-window", "linear": "linear-attention", "hybrid": "hybrid-attention"}
+    head: dict[str, Any] = {"base_model": recipe.model.hub} if recipe.model.hub else {}
+    head |= {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["attnconvert", *(words.get(name, name) for name in sorted(operators - {"full"}))],
+    }
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _what(recipe: Recipe, manifest: Mapping[str, Any], base: str, evaluation: Mapping[str, Any] | None) -> str:
+    model = dig(manifest, "model", "name", default="the model")
+    origin = f"[{model}](https://huggingface.co/{model})" if recipe.model.hub else model
+    version = dig(manifest, "versions", "attnconvert", default="")
+    description = f"{recipe.description.rstrip('.')}.\n\n" if recipe.description else ""
+    text = f"# {recipe.name}\n\n{description}{origin} (`{base}`), its attention converted by attnconvert {version}".rstrip()
+    operators = dig(evaluation, "arms", "student", "operators", default={})
+    if not operators:
+        return text + ". The block `attnconvert` of `config.json` says which KV group has which operator.\n"
+    groups = sum(operators.values())
+    share = percent(dig(evaluation, "arms", "student", "converted"), 0)
+    specs = {label(spec): spec for spec in _specs(recipe)}
+    lines = [
+        f"{text}: {share} of its {groups} KV groups have a cheaper operator in the place of full attention.\n",
+        "| operator | KV groups | what it does |",
+        "|---|---:|---|",
+    ]
+    lines += [f"| `{name}` | {count} | {_explained(name, specs.get(name))} |" for name, count in operators.items()]
+    return "\n".join(lines) + "\n\nThe block `attnconvert` of `config.json` says which KV group has which.\n"
+
+
+def _specs(recipe: Recipe) -> Iterator[Spec]:
+    yield from recipe.profile.candidates
+    for select in (recipe.select, *(arm.select for arm in recipe.compare)):
+        yield from (select.explicit or {}).values()
+
+
+def _explained(name: str, spec: Spec | None) -> str:
+    """The operator's own words and, where the recipe has it, its settings."""
+    known = OPERATORS.get(name.partition("-")[0])
+    words = " ".join((known.__doc__ or "").partition("\n\n")[0].split()) if known else ""
+    given = {key: value for key, value in spec_to_dict(spec).items() if key != "operator"} if spec else {}
+    settings = ", ".join(f"`{key}` {value}" for key, value in given.items())
+    return f"{words} Here {settings}." if settings else words
+
+
+def _measured(evaluation: Mapping[str, Any] | None) -> str:
+    if evaluation is None:
+        return ""
+    arms, rows = figures(evaluation)
+    lines = ["## Measured", "", f"| | {' | '.join(arms)} |", f"|---|{'---:|' * len(arms)}"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    others = [arm for arm in arms if arm not in ("teacher", "student")]
+    told = f"; {', '.join(others)}: other plans of the recipe, for comparison" if others else ""
+    lines += [
+        "",
+        f"teacher: the original model; student: this checkpoint{told}. `@` is the context length in tokens. KL is from the "
+        "teacher, in nats per token; needles are facts hidden in text and asked for at its end, counted if exact; KV cache "
+        "and FLOPs are by the cost model, times are medians of interleaved repeats.",
+        "",
+        f"Measured on {circumstances(evaluation)}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _gates(evaluation: Mapping[str, Any] | None) -> str:
+    gates = dig(evaluation, "gates", default=[])
+    if not gates:
+        return ""
+    lines = ["## Gates", "", "The bounds that the recipe sets, and what was reached:", "", "| gate | bound | reached | |", "|---|---:|---:|---|"]
+    for gate in gates:
+        verdict = "passed" if gate["passed"] else "**missed**"
+        lines.append(f"| {gate['name']} | {gate['limit']:g} | {number(gate['value'])} | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def _made(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in dig(manifest, "versions", default={}).items() if value)
+    lines = ["## How it was made", "", "`attnconvert run recipe.yaml` with this recipe, every default filled in:", "", "```yaml"]
+    lines += [dump_recipe(_without_paths(recipe)).rstrip(), "```", ""]
+    lines += [f"- weights `{name}`: sha256 `{value}`" for name, value in dig(manifest, "model", "sha256", default={}).items()]
+    if dig(manifest, "model", "revision"):
+        lines.append(f"- revision `{manifest['model']['revision']}`")
+    return "\n".join([*lines, f"- versions: {versions}", ""])
+
+
+def _without_paths(recipe: Recipe) -> Recipe:
+    """Local paths cut to their last part: a published card tells nobody how a home directory is laid out."""
+    model = recipe.model
+    cut = {name: Path(path.name) for name in ("folder", "gguf") if (path := getattr(model, name)) is not None}
+    text = recipe.text
+    sides = {
+        name: side.model_copy(update={"files": tuple(_shortened(file) for file in side.files)})
+        for name in ("calibration", "heldout")
+        if (side := getattr(text, name)).files
+    }
+    return recipe.model_copy(update={"model": model.model_copy(update=cut), "text": text.model_copy(update=sides)})
+
+
+def _shortened(name: str) -> str:
+    return Path(name).name if Path(name).is_absolute() else name

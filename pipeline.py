@@ -1,0 +1,325 @@
+"""The stages in order: each reads its inputs from the run, calls one function and writes what it returns."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .convert import evaluation
+from .convert.card import model_card
+from .convert.errors import GateMissed, UsageError
+from .convert.export import export, verify
+from .convert.files import read_json, write_json
+from .convert.hosts.transformers import Site, find_sites
+from .convert.keys import STAGES
+from .convert.machine import hardware
+from .convert.plan import Plan, read_plan, write_plan
+from .convert.profiling import Profile, profile
+from .convert.progress import Track, silent
+from .convert.report import write_report
+from .convert.selection import select
+from .convert.sources import Document, fetch_model, load_model, read_texts
+from .convert.text import Needles, needles, sequences
+from .distill.loop import distill, load_student
+from .distill.samples import prompts, read_samples, sample
+from .kernels.spec import Spec
+
+if TYPE_CHECKING:
+    from .convert.recipe import NeedleSettings, Recipe
+    from .convert.runs import Run
+
+log = logging.getLogger("attnconvert")
+PROFILE, SELECT, EVALUATION, EXPORTED = "profile.json", "select.json", "evaluation.json", "exported.json"
+STUDENT = "student"  # the arm that is exported
+
+
+class Work:
+    """A run and what its stages share: the model, loaded once when first needed, its sites and its texts."""
+
+    def __init__(self, run: Run, track: Track = silent) -> None:
+        self.run, self.track = run, track
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.run.recipe
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        files = fetch_model(self.recipe.model, track=self.track)
+        log.info("loading %s", files.name)
+        model, tokenizer = load_model(files, self.recipe.model)
+        self.run.record(model={"name": files.name, "revision": files.revision, "sha256": files.sha256})
+        return model, tokenizer
+
+    @property
+    def model(self) -> Any:
+        """The teacher, as it came."""
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._loaded[1]
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        return find_sites(self.model)
+
+    @cached_property
+    def calibration(self) -> list[Document]:
+        return read_texts(self.recipe.text.calibration, track=self.track)
+
+    @cached_property
+    def heldout(self) -> list[Document]:
+        return read_texts(self.recipe.text.heldout, track=self.track)
+
+    def needles(self, settings: NeedleSettings, documents: Sequence[Document], seed: int) -> Needles:
+        return needles(self.tokenizer, documents, settings.template, settings.cases, settings.length, seed)
+
+    def plans(self) -> dict[str, Plan]:
+        """The plan of every arm, the student's first."""
+        folder = self.run.folder("select")
+        arms = {STUDENT: read_plan(self.run.plan)}
+        return arms | {arm.name: read_plan(folder / f"{arm.name}.yaml") for arm in self.recipe.compare}
+
+    def trained(self, arm: str) -> Path | None:
+        """The folder of what an arm learned, or None for one that is not trained."""
+        settings = self.recipe.distill
+        if not settings.lora and not settings.transfer:
+            return None
+        if arm != STUDENT and not next(a for a in self.recipe.compare if a.name == arm).distill:
+            return None
+        return self.run.folder("distill") / arm
+
+    def student(self, arm: str) -> Any:
+        """A copy of the model, converted as this arm."""
+        model = copy.deepcopy(self.model)
+        load_student(model, self.plans()[arm].for_sites(self.sites), self.trained(arm))
+        return model
+
+
+def profile_stage(work: Work) -> None:
+    """profile/profile.json"""
+    settings = work.recipe.profile
+    with work.run.stage("profile") as folder:
+        found = profile(
+            work.model,
+            work.sites,
+            sequences(work.tokenizer, work.calibration, settings.sequences, settings.length, settings.seed),
+            work.needles(settings.needles, work.calibration, settings.seed),
+            settings.candidates,
+            rows=settings.rows,
+            damage=settings.damage,
+            folder=folder,
+            track=work.track,
+            data={"text": _described(work.calibration), **settings.model_dump(mode="json", exclude={"candidates"})},
+        )
+        write_json(folder / PROFILE, found.to_json())
+
+
+def select_stage(work: Work) -> None:
+    """plan.yaml for the student, select/<arm>.yaml for the others, select/select.json for all"""
+    with work.run.stage("select") as folder:
+        measured = Profile.from_json(read_json(work.run.folder("profile") / PROFILE))
+        arms: dict[str, Any] = {}
+        wanted = {STUDENT: work.recipe.select} | {arm.name: arm.select for arm in work.recipe.compare}
+        for name, settings in wanted.items():
+            chosen = select(measured, settings, work.recipe.name)
+            arms[name] = chosen.to_json()
+            write_plan(work.run.plan if name == STUDENT else folder / f"{name}.yaml", chosen.plan)
+        write_json(folder / SELECT, {"schema": 1, "arms": arms})
+
+
+def sample_stage(work: Work) -> None:
+    """samples/shard-….parquet"""
+    settings = work.recipe.sample
+    with work.run.stage("sample") as folder:
+        sample(work.model, prompts(work.tokenizer, work.calibration, settings), settings, folder, work.track)
+
+
+def distill_stage(work: Work) -> None:
+    """distill/<arm>/ for every arm that is trained"""
+    with work.run.stage("distill"):
+        plans = work.plans()
+        trained = {arm: folder for arm in plans if (folder := work.trained(arm)) is not None}
+        if not trained:
+            return
+        samples = read_samples(work.run.folder("sample"), work.recipe.sample)
+        for arm, folder in trained.items():
+            log.info("distilling %s", arm)
+            distill(work.model, plans[arm].for_sites(work.sites), samples, work.recipe.distill, folder, work.track)
+
+
+def evaluate_stage(work: Work) -> None:
+    """evaluation/evaluation.json: every arm against the teacher; arms that are measured are kept, one file each"""
+    with work.run.stage("evaluate") as folder:
+        write_json(folder / EVALUATION, _evaluate(work, list(work.plans()), work.student, folder))
+    work.run.record(metrics=_headline(read_json(folder / EVALUATION)))
+
+
+def _evaluate(work: Work, arms: Sequence[str], load: Callable[[str], Any], kept: Path | None) -> dict[str, Any]:
+    settings = work.recipe.evaluate
+    task = work.needles(settings.needles, work.heldout, settings.seed)
+    lengths = sorted({*settings.lengths, *(settings.speed.lengths if settings.speed else ()), *work.recipe.gates.kv_ratio})
+    element = work.model.dtype.itemsize
+
+    def once(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = None if kept is None else kept / f"{name}.json"
+        found = read_json(path) if path is not None and path.exists() else measure()
+        if path is not None:
+            write_json(path, found)
+        return dict(found)
+
+    def measure_teacher() -> dict[str, Any]:
+        found = evaluation.retrieval(work.model, task, settings.batch, work.track, "teacher: retrieval")
+        return {"retrieval": found, "quality": {}}
+
+    def measure(arm: str) -> dict[str, Any]:
+        student = load(arm)
+        quality = {}
+        for length in settings.lengths:
+            ids = sequences(work.tokenizer, work.heldout, settings.sequences, length, settings.seed)
+            title = f"{arm}: quality at {length}"
+            quality[str(length)] = evaluation.quality(work.model, student, ids, settings.batch, work.track, title)
+        found = evaluation.retrieval(student, task, settings.batch, work.track, f"{arm}: retrieval")
+        return {"quality": quality, "retrieval": found}
+
+    plans = work.plans()
+    teacher = once("teacher", measure_teacher)
+    full = {site: [_full()] * site.kv_heads for site in work.sites}
+    dense = {n: evaluation.costs(full, n, element) for n in lengths}
+    teacher["kv_bytes"] = {str(n): dense[n]["kv_bytes"] for n in lengths}
+    result: dict[str, Any] = {}
+    for arm in arms:
+        plan = plans[arm].for_sites(work.sites)
+        costs = {n: evaluation.costs(plan, n, element) for n in lengths}
+        entry = once(arm, lambda arm=arm: measure(arm))  # type: ignore[misc]
+        for length, quality in entry["quality"].items():
+            teacher["quality"][length] = {"perplexity": quality["teacher_perplexity"]}
+        result[arm] = entry | {
+            "retrieval_drop": teacher["retrieval"]["exact"] - entry["retrieval"]["exact"],
+            "kv_bytes": {str(n): costs[n]["kv_bytes"] for n in lengths},
+            "kv_ratio": {str(n): costs[n]["kv_bytes"] / dense[n]["kv_bytes"] for n in lengths},
+            "flops_ratio": {str(n): costs[n]["flops"] / dense[n]["flops"] for n in lengths},
+            "converted": plans[arm].converted,
+            "operators": plans[arm].counts(),
+            "trained": work.trained(arm) is not None,
+        }
+    document: dict[str, Any] = {
+        "schema": 1,
+        "machine": hardware(),
+        "data": {"text": _described(work.heldout), **settings.model_dump(mode="json")},
+        "arms": {"teacher": teacher, **result},
+        "speed": {},
+    }
+    if settings.speed is not None and STUDENT in arms:
+        timing = settings.speed
+
+        def measure_speed() -> dict[str, Any]:
+            pair = (work.model, load(STUDENT))
+            return evaluation.speed(*pair, timing.lengths, timing.repeats, timing.decode_tokens, work.track)
+
+        document["speed"] = once("speed", measure_speed)
+    document["gates"] = evaluation.check_gates(work.recipe.gates, document)
+    return document
+
+
+def _full() -> Spec:
+    from .kernels.spec import Full
+
+    return Full()
+
+
+def export_stage(work: Work) -> None:
+    """export/: the checkpoint, loaded again in two clean processes before the stage counts as done"""
+    with work.run.stage("export") as folder:
+        student = work.student(STUDENT)
+        plan = read_plan(work.run.plan).for_sites(work.sites)
+        measured = work.run.folder("evaluate") / EVALUATION
+        found = read_json(measured) if work.run.is_done("evaluate") else None
+        card = model_card(work.recipe, work.run.manifest(), type(student).__name__, found)
+        export(student, work.tokenizer, plan, folder, card, work.recipe.export.dtype)
+        if work.recipe.export.verify:
+            checked = verify(student, folder)
+            work.run.record(metrics={"export": checked})
+
+
+RUNNERS: dict[str, Callable[[Work], None]] = {
+    "profile": profile_stage,
+    "select": select_stage,
+    "sample": sample_stage,
+    "distill": distill_stage,
+    "evaluate": evaluate_stage,
+    "export": export_stage,
+}
+assert tuple(RUNNERS) == STAGES
+
+
+def run_stages(work: Work, until: str = "export") -> list[str]:
+    """Run what is not done yet, up to and including `until`; returns the stages that ran. The report is written anew."""
+    ran = []
+    for stage in STAGES[: STAGES.index(until) + 1]:
+        if work.run.is_done(stage):
+            log.info("%s is done already", stage)
+            continue
+        if work.run.stale(stage):
+            log.info("%s runs again: what it depends on has changed", stage)
+        log.info("%s", stage)
+        RUNNERS[stage](work)
+        write_report(work.run.path)
+        ran.append(stage)
+    return ran
+
+
+def run_one(work: Work, stage: str) -> None:
+    """Run one stage whose inputs are there.
+
+    Raises:
+        UsageError: an earlier stage is not done.
+    """
+    missing = work.run.unfinished(stage)
+    if missing:
+        raise UsageError(
+            f"{stage} needs {', '.join(missing)} first: run `attnconvert {missing[0]} {work.run.path}`, "
+            f"or `attnconvert run` for everything"
+        )
+    if not work.run.is_done(stage):
+        RUNNERS[stage](work)
+        write_report(work.run.path)
+    else:
+        log.info("%s is done already", stage)
+
+
+def evaluate_exported(work: Work) -> dict[str, Any]:
+    """The figures again, from the exported checkpoint instead of the training artefacts."""
+    from transformers import AutoModelForCausalLM
+
+    folder = work.run.folder("export")
+    student = AutoModelForCausalLM.from_pretrained(folder).eval()
+    document = _evaluate(work, [STUDENT], lambda arm: student, None)
+    document["from"] = str(folder)
+    write_json(work.run.folder("evaluate") / EXPORTED, document)
+    return document
+
+
+def require_gates(document: Mapping[str, Any]) -> None:
+    """Raises GateMissed, naming every gate that the student does not meet."""
+    missed = [g for g in document["gates"] if not g["passed"]]
+    if missed:
+        told = "; ".join(f"{g['name']} is {g['value']:.4g}, the bound is {g['limit']:g}" for g in missed)
+        raise GateMissed(f"{len(missed)} of {len(document['gates'])} gates missed: {told}")
+
+
+def _described(documents: Sequence[Document]) -> dict[str, Any]:
+    names = [d.name for d in documents]
+    return {"documents": len(names), "first": names[0], "last": names[-1], "characters": sum(len(d.text) for d in documents)}
+
+
+def _headline(document: Mapping[str, Any]) -> dict[str, Any]:
+    student = document["arms"][STUDENT]
+    keys = ("quality", "retrieval", "retrieval_drop", "kv_ratio", "flops_ratio", "converted")
+    speedups = {n: {k: v for k, v in e.items() if k.endswith("speedup")} for n, e in document["speed"].items()}
+    return {**{k: student[k] for k in keys}, "speed": speedups, "gates": document["gates"]}
