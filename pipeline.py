@@ -22,7 +22,7 @@ from .convert.profiling import Profile, profile
 from .convert.progress import Track, silent
 from .convert.report import write_report
 from .convert.selection import select
-from .convert.sources import Document, fetch_model, load_model, read_texts
+from .convert.sources import Document, fetch_model, load_model, read_texts, refuse_overlap
 from .convert.text import Needles, needles, sequences
 from .distill.loop import distill, load_student
 from .distill.samples import prompts, read_samples, sample
@@ -137,7 +137,8 @@ def sample_stage(work: Work) -> None:
     """samples/shard-….parquet"""
     settings = work.recipe.sample
     with work.run.stage("sample") as folder:
-        sample(work.model, prompts(work.tokenizer, work.calibration, settings), settings, folder, work.track)
+        starts = prompts(work.tokenizer, work.calibration, settings)
+        sample(work.model, work.sites, starts, settings, folder, work.track)
 
 
 def distill_stage(work: Work) -> None:
@@ -162,6 +163,7 @@ def evaluate_stage(work: Work) -> None:
 
 def _evaluate(work: Work, arms: Sequence[str], load: Callable[[str], Any], kept: Path | None) -> dict[str, Any]:
     settings = work.recipe.evaluate
+    refuse_overlap(work.calibration, work.heldout)
     task = work.needles(settings.needles, work.heldout, settings.seed)
     lengths = sorted({*settings.lengths, *(settings.speed.lengths if settings.speed else ()), *work.recipe.gates.kv_ratio})
     element = work.model.dtype.itemsize

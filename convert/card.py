@@ -1,4 +1,4 @@
-"""The model card of an exported checkpoint: what was converted, how to load it, what was measured, what it cannot do."""
+"""The model card of an exported checkpoint: what was converted, how to load it, what was measured, what it lacks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LOAD = """\
 ## Use
 
-With `trust_remote_code=True` nothing but transformers is needed, since the code of the operators lies beside the weights:
+With `trust_remote_code=True` nothing but transformers is needed: the operators' code lies beside the weights.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,7 +54,9 @@ LIMITS = """\
 """
 
 
-def model_card(recipe: Recipe, manifest: Mapping[str, Any], base_class: str, evaluation: Mapping[str, Any] | None) -> str:
+def model_card(
+    recipe: Recipe, manifest: Mapping[str, Any], base_class: str, evaluation: Mapping[str, Any] | None
+) -> str:
     """README.md of the exported folder.
 
     Args:
@@ -122,14 +124,20 @@ def _costs(arms: Sequence[str], found: Mapping[str, Any]) -> Iterator[list[str]]
 
 def _speed(arms: Sequence[str], speed: Mapping[str, Any]) -> Iterator[list[str]]:
     for length, entry in sorted(speed.items(), key=lambda item: int(item[0])):
-        for title, field, scale in (("prefill", "prefill_s", 1.0), ("decode a token", "decode_ms", 1e-3)):
-            before = dig(entry, "teacher", field)
-            row = []
-            for arm in arms:
-                taken = dig(entry, arm, field)
-                shown = duration(taken * scale) if taken else NONE
-                row.append(shown if arm == "teacher" or not (taken and before) else f"{shown} ({number(before / taken)}× faster)")
-            yield [f"{title} @ {tokens(length)}", *row]
+        for title, field, ratio_field in (
+            ("prefill", "prefill_s", "prefill_speedup"),
+            ("decode", "decode_ms", "decode_speedup"),
+        ):
+            taken = [dig(entry, arm, field) for arm in arms]
+            shown = [_time(value if field == "prefill_s" else value and value / 1e3) for value in taken]
+            yield [f"{title} @ {tokens(length)}" + (", a token" if title == "decode" else ""), *shown]
+            speedup = ratio(entry.get(ratio_field))
+            yield [f"{title} speedup @ {tokens(length)}", *(speedup if arm == "student" else NONE for arm in arms)]
+
+
+def _time(seconds: Any) -> str:
+    """Small times need digits that `duration` leaves out."""
+    return f"{number(seconds * 1e3)} ms" if seconds and seconds < 1 else duration(seconds or None)
 
 
 def circumstances(evaluation: Mapping[str, Any]) -> str:
@@ -168,7 +176,7 @@ def _what(recipe: Recipe, manifest: Mapping[str, Any], base: str, evaluation: Ma
     origin = f"[{model}](https://huggingface.co/{model})" if recipe.model.hub else model
     version = dig(manifest, "versions", "attnconvert", default="")
     description = f"{recipe.description.rstrip('.')}.\n\n" if recipe.description else ""
-    text = f"# {recipe.name}\n\n{description}{origin} (`{base}`), its attention converted by attnconvert {version}".rstrip()
+    text = f"# {recipe.name}\n\n{description}{origin} (`{base}`), its attention converted by attnconvert {version}"
     operators = dig(evaluation, "arms", "student", "operators", default={})
     if not operators:
         return text + ". The block `attnconvert` of `config.json` says which KV group has which operator.\n"
@@ -209,9 +217,9 @@ def _measured(evaluation: Mapping[str, Any] | None) -> str:
     told = f"; {', '.join(others)}: other plans of the recipe, for comparison" if others else ""
     lines += [
         "",
-        f"teacher: the original model; student: this checkpoint{told}. `@` is the context length in tokens. KL is from the "
-        "teacher, in nats per token; needles are facts hidden in text and asked for at its end, counted if exact; KV cache "
-        "and FLOPs are by the cost model, times are medians of interleaved repeats.",
+        f"teacher: the original model; student: this checkpoint{told}. `@` is the context length in tokens. KL is from "
+        "the teacher, in nats per token; needles are facts hidden in text and asked for at its end, counted if exact; "
+        "KV cache and FLOPs are by the cost model, times are medians of interleaved repeats.",
         "",
         f"Measured on {circumstances(evaluation)}.",
         "",
@@ -223,7 +231,7 @@ def _gates(evaluation: Mapping[str, Any] | None) -> str:
     gates = dig(evaluation, "gates", default=[])
     if not gates:
         return ""
-    lines = ["## Gates", "", "The bounds that the recipe sets, and what was reached:", "", "| gate | bound | reached | |", "|---|---:|---:|---|"]
+    lines = ["## Gates", "", "| gate | bound of the recipe | reached | |", "|---|---:|---:|---|"]
     for gate in gates:
         verdict = "passed" if gate["passed"] else "**missed**"
         lines.append(f"| {gate['name']} | {gate['limit']:g} | {number(gate['value'])} | {verdict} |")
@@ -232,9 +240,10 @@ def _gates(evaluation: Mapping[str, Any] | None) -> str:
 
 def _made(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in dig(manifest, "versions", default={}).items() if value)
-    lines = ["## How it was made", "", "`attnconvert run recipe.yaml` with this recipe, every default filled in:", "", "```yaml"]
+    hashes = dig(manifest, "model", "sha256", default={})
+    lines = ["## How it was made", "", "`attnconvert run recipe.yaml`, with every default filled in:", "", "```yaml"]
     lines += [dump_recipe(_without_paths(recipe)).rstrip(), "```", ""]
-    lines += [f"- weights `{name}`: sha256 `{value}`" for name, value in dig(manifest, "model", "sha256", default={}).items()]
+    lines += [f"- weights `{name}`: sha256 `{value}`" for name, value in hashes.items()]
     if dig(manifest, "model", "revision"):
         lines.append(f"- revision `{manifest['model']['revision']}`")
     return "\n".join([*lines, f"- versions: {versions}", ""])

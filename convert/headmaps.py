@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -81,13 +81,11 @@ def head_map(
     high = min(max(step * tall, 7.0), 17.0) if rows <= 16 else min(max(240.0 / rows, 4.0), 12.0)
     gap = 4.0 if group > 1 else 0.0
     head, top = _legend(legend, scale, width)
-    body: list[str] = []
 
     def y_of(row: int) -> float:
         return top + row * high + (row // group) * gap
 
-    for cell in cells:
-        body.append(_cell(cell, step, high, y_of))
+    body = [_cell(cell, step, high, y_of) for cell in cells]
     bottom = y_of(max(0, rows - 1)) + high
     body += _axes(columns, rows, group, step, high, bottom, y_of, row_name, top)
     height = bottom + 24
@@ -97,8 +95,7 @@ def head_map(
     )
 
 
-def _cell(cell: Cell, step: float, high: float, y_of: object) -> str:
-    assert callable(y_of)
+def _cell(cell: Cell, step: float, high: float, y_of: Callable[[int], float]) -> str:
     x = _LEFT + cell.column * step
     wide, tall = max(step - 1.6, 1.0), max(high - 1.2, 1.0)
     style = f"fill:{cell.fill}" if cell.fill else f"fill:none;stroke:{GRID};stroke-dasharray:2 2"
@@ -107,13 +104,13 @@ def _cell(cell: Cell, step: float, high: float, y_of: object) -> str:
     parts = [f"<title>{escape(cell.title)}</title>"]
     for row in range(cell.first, cell.first + cell.count):
         y = y_of(row)
-        parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{tall:.1f}" rx="1.5" style="{style}"/>'
-        )
+        parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{tall:.1f}" rx="1.5" style="{style}"/>')
         share = cell.dots[row - cell.first] if cell.dots else 0.0
         radius = math.sqrt(max(0.0, min(1.0, share))) * min(wide, tall) * 0.46
         if radius >= 0.8:
-            parts.append(f'<circle cx="{x + wide / 2:.1f}" cy="{y + tall / 2:.1f}" r="{radius:.1f}" style="fill:{INK}"/>')
+            parts.append(
+                f'<circle cx="{x + wide / 2:.1f}" cy="{y + tall / 2:.1f}" r="{radius:.1f}" style="fill:{INK}"/>'
+            )
     return f"<g>{''.join(parts)}</g>"
 
 
@@ -124,11 +121,10 @@ def _axes(
     step: float,
     high: float,
     bottom: float,
-    y_of: object,
+    y_of: Callable[[int], float],
     row_name: str,
     top: float,
 ) -> list[str]:
-    assert callable(y_of)
     parts = []
     every = next(n for n in (1, 2, 5, 10, 20, 50, 100) if n * step >= 25)
     for index, name in enumerate(columns):
@@ -137,8 +133,8 @@ def _axes(
     parts.append(_text(_LEFT - 8, bottom + 14, "layer", "end"))
     unit = group if group > 1 else 1
     every_row = next(n for n in (1, 2, 4, 8, 16, 32, 64) if n * unit * high >= 15 or n == 64) * unit
-    for row in range(0, rows, every_row):
-        parts.append(_text(_LEFT - 8, y_of(row) + min(high / 2 + 4, 12), str(row), "end"))
+    middle = min(high / 2 + 4, 12)
+    parts += [_text(_LEFT - 8, y_of(row) + middle, str(row), "end") for row in range(0, rows, every_row)]
     parts.append(_text(_LEFT - 8, top - 7, row_name, "end"))
     return parts
 
@@ -154,7 +150,9 @@ def _legend(legend: Sequence[Swatch], scale: tuple[str, str, str, str] | None, w
         if swatch.dot:
             parts.append(f'<circle cx="{x + 6:.1f}" cy="{y - 4:.1f}" r="4.5" style="fill:{INK}"/>')
         else:
-            parts.append(f'<rect x="{x:.1f}" y="{y - 10:.1f}" width="12" height="12" rx="2.5" style="fill:{swatch.fill}"/>')
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y - 10:.1f}" width="12" height="12" rx="2.5" style="fill:{swatch.fill}"/>'
+            )
         parts.append(_text(x + 19, y, swatch.label, "start", INK))
         x += room
     if scale:

@@ -7,11 +7,22 @@ import os
 import platform
 import sys
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("attnconvert", "torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "triton", "diffusers")
+PACKAGES = (
+    "attnconvert",
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "triton",
+    "diffusers",
+)
 
 
 @functools.cache
@@ -43,10 +54,8 @@ class Meter:
     def __init__(self) -> None:
         self._start = time.monotonic()
         # Linux forgets the old peak when asked; elsewhere the peak is that of the whole process so far.
-        try:
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        except OSError:
-            pass
         cuda = _cuda()
         if cuda is not None:
             for index in range(cuda.device_count()):

@@ -34,7 +34,9 @@ def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Plot | None:
     for arm, lines in logs.items():
         for line in lines:
             if isinstance(line.get("loss"), int | float) and isinstance(line.get("step"), int):
-                phases.setdefault(str(line.get("phase", "")), {}).setdefault(arm, []).append((line["step"], line["loss"]))
+                phases.setdefault(str(line.get("phase", "")), {}).setdefault(arm, []).append(
+                    (line["step"], line["loss"])
+                )
     if not phases:
         return None
     titles = {"transfer": "Attention transfer: error of the attention outputs", "lora": "LoRA: KL to the teacher"}
@@ -129,7 +131,7 @@ def _style() -> Iterator[Any]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "attnconvert",
         "font.size": 9.5,

@@ -70,12 +70,9 @@ class _Lines:
         for done, item in enumerate(iterable, 1):
             yield item
             now = time.monotonic()
-            if total:
-                # Fast loops get one line at their end, slow ones one for each tenth.
-                due = done == total or (done * 10 // total > shown and now - said >= 2.0)
-            else:
-                due = now - said >= 30.0
-            if due:
+            # Fast loops get one line at their end, slow ones one for each tenth, endless ones one for half a minute.
+            passed = done * 10 // total > shown and now - said >= 2.0 if total else now - said >= 30.0
+            if passed or done == total:
                 shown, said = done * 10 // total if total else 0, now
                 self._say(description, done, total, now - start)
 
@@ -101,7 +98,14 @@ def _size(iterable: Iterable[object], total: int | None) -> int | None:
 
 
 def _display(console: Console) -> Progress:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     return Progress(
         TextColumn("{task.description}", markup=False),

@@ -151,9 +151,6 @@ class LoraSettings(Section):
     batch: Count = Field(default=1, description="sequences per step")
     warmup: Share = Field(default=0.05, description="share of the steps in which the learning rate rises")
     weight_decay: AtLeastZero = Field(default=0.0, description="AdamW weight decay")
-    attention_loss: AtLeastZero = Field(
-        default=0.0, description="coefficient of the squared error of the attention outputs"
-    )
     targets: tuple[str, ...] | None = Field(
         default=None, min_length=1, description="module names to adapt; null: all linear layers of converted sites"
     )

@@ -150,7 +150,9 @@ def _losses(evaluation: Mapping[str, Any], student: Mapping[str, Any]) -> list[s
         before = dig(evaluation, "arms", "teacher", "retrieval", "exact")
         cases, length = (dig(student, "retrieval", field) for field in ("cases", "length"))
         change = f"{percent(before)} before" if before is not None else ""
-        tiles.append(tile("Retrieval", percent(exact), change, f"{number(cases)} cases of {tokens(length or 0)} tokens"))
+        tiles.append(
+            tile("Retrieval", percent(exact), change, f"{number(cases)} cases of {tokens(length or 0)} tokens")
+        )
     return tiles
 
 
@@ -207,7 +209,11 @@ def _comparison(run: Artefacts, pictures: dict[str, str | bytes]) -> str:
     points, x_label, y_label = loss_points(evaluation)
     drawn = []
     for name, plot, caption in (
-        ("tradeoff", tradeoff(points, x_label, y_label), "Down and left is better. The teacher costs 1 and loses nothing."),
+        (
+            "tradeoff",
+            tradeoff(points, x_label, y_label),
+            "Down and left is better. The teacher costs 1 and loses nothing.",
+        ),
         ("prefill", times(speed_series(evaluation), "prefill, seconds"), "Time of a prefill, batch 1."),
     ):
         if plot:
@@ -216,8 +222,16 @@ def _comparison(run: Artefacts, pictures: dict[str, str | bytes]) -> str:
     plots = f'<div class="maps">{"".join(drawn)}</div>' if drawn else ""
     data = dig(evaluation, "data", default={})
     described = ", ".join(f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in data.items())
-    note = "All arms measured on the same held-out text and needle cases; times taken side by side, one after the other."
-    return section("Before and after", conclusions(evaluation), arms_table(evaluation, run.select), plots, note=note + (f" {escape(described)}." if described else ""))
+    note = (
+        "All arms measured on the same held-out text and needle cases; times taken side by side, one after the other."
+    )
+    return section(
+        "Before and after",
+        conclusions(evaluation),
+        arms_table(evaluation, run.select),
+        plots,
+        note=note + (f" {escape(described)}." if described else ""),
+    )
 
 
 def _training(run: Artefacts, pictures: dict[str, str | bytes]) -> str:
@@ -235,8 +249,10 @@ def _training(run: Artefacts, pictures: dict[str, str | bytes]) -> str:
             ends = [_mean(steps[:tenth]), _mean(steps[-tenth:])]
             cells = [escape(arm), escape(phase), number(len(steps)), *(number(end) for end in ends)]
             rate = max((line.get("lr") or 0.0 for line in steps), default=0.0)
-            rows.append([*cells, number(rate), duration(sum(line.get("seconds") or 0.0 for line in steps))])
-    parts = [table(["Arm", "Phase", "Steps", "Loss, first tenth", "last tenth", "Highest rate", "Time"], rows, text=(0, 1))]
+            rows.append([*cells, f"{rate:g}", duration(sum(line.get("seconds") or 0.0 for line in steps))])
+    parts = [
+        table(["Arm", "Phase", "Steps", "Loss, first tenth", "last tenth", "Highest rate", "Time"], rows, text=(0, 1))
+    ]
     if plot:
         pictures |= {"loss.svg": plot.svg, "loss.png": plot.png}
         caption = "The loss of each step, pale, and its running mean; short phases step by step."
@@ -276,7 +292,10 @@ def _making(run: Artefacts) -> str:
         ("GPU", escape(", ".join(hardware.get("gpu") or [])) or "none used"),
         ("system", escape(str(hardware.get("system", "")))),
     ]
-    model = [(name, f"<code>{escape(str(value))}</code>") for name, value in dig(manifest, "model", "sha256", default={}).items()]
+    model = [
+        (name, f"<code>{escape(str(value))}</code>")
+        for name, value in dig(manifest, "model", "sha256", default={}).items()
+    ]
     revision = dig(manifest, "model", "revision")
     origin = [("command", f"<code>{escape(str(manifest.get('command', '')))}</code>")]
     origin += [("recipe", f"<code>{escape(str(dig(manifest, 'recipe', 'sha256', default='')))}</code>")]

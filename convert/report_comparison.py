@@ -77,7 +77,10 @@ def _retrieval_rows(found: Mapping[str, Any]) -> list[list[str]]:
     return [
         [f"exact answers{where}", *(percent(dig(found[arm], "retrieval", "exact")) for arm in found)],
         ["single answer tokens", *(percent(dig(found[arm], "retrieval", "digits")) for arm in found)],
-        ["lost against the teacher", *(NONE if d is None else f"{100 * d:.1f} points".replace("-", "\u2212") for d in drops)],
+        [
+            "lost against the teacher",
+            *(NONE if d is None else f"{100 * d:.1f} points".replace("-", "\u2212") for d in drops),
+        ],
     ]
 
 
@@ -90,7 +93,9 @@ def _cost_rows(found: Mapping[str, Any]) -> list[list[str]]:
             for arm, entry in found.items():
                 if field == "kv_bytes":
                     shown, share = size(dig(entry, field, length)), dig(entry, "kv_ratio", length)
-                    row.append(shown + (f"<small>{ratio(share)}</small>" if share is not None and arm != "teacher" else ""))
+                    row.append(
+                        shown + (f"<small>{ratio(share)}</small>" if share is not None and arm != "teacher" else "")
+                    )
                 else:
                     row.append(ratio(dig(entry, field, length)))
             rows.append(row)
@@ -138,7 +143,9 @@ def _conclusion(name: str, arms: Mapping[str, Any]) -> str:
     elif behind and not ahead:
         verdict = f"<code>{shown}</code> is better than the student"
     elif ahead:
-        verdict = f"neither is better in everything: the student in {_and(ahead)}, <code>{shown}</code> in {_and(behind)}"
+        verdict = (
+            f"neither is better in everything: the student in {_and(ahead)}, <code>{shown}</code> in {_and(behind)}"
+        )
     else:
         verdict = f"there is no clear difference between the student and <code>{shown}</code>"
     figures = "; ".join(figures for _, _, figures in compared)
@@ -173,7 +180,9 @@ def _compare(student: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple
             ours, theirs = (dig(arm, "quality", length, field) for arm in (student, other))
             if ours is not None and theirs is not None:
                 clear = abs(ours - theirs) > least * max(ours, theirs)
-                found.append((what, (1 if ours < theirs else -1) * clear, f"{what} {show(ours)} against {show(theirs)}{at}"))
+                found.append(
+                    (what, (1 if ours < theirs else -1) * clear, f"{what} {show(ours)} against {show(theirs)}{at}")
+                )
                 at = ""
     ours, theirs = (dig(arm, "retrieval", "exact") for arm in (student, other))
     if ours is not None and theirs is not None:
@@ -197,7 +206,7 @@ def _and(words: Sequence[str]) -> str:
 
 
 def loss_points(evaluation: Mapping[str, Any]) -> tuple[dict[str, tuple[float, float]], str, str]:
-    """(KV bytes as a share of the teacher's, KL) of every arm at the longest length that all have, and the axes' names."""
+    """(KV bytes as a share of the teacher's, KL) of every arm, at the longest length of all, and the axes' names."""
     arms = {name: entry for name, entry in dig(evaluation, "arms", default={}).items() if name != "teacher"}
     qualities = [set(dig(entry, "quality", default={})) for entry in arms.values()]
     sizes = [set(dig(entry, "kv_ratio", default={})) for entry in arms.values()]

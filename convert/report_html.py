@@ -118,8 +118,10 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
 def tile(label: str, value: str, *details: str, bad: bool = False) -> str:
     """A figure with its name and lines of small print; `bad` marks a loss where a gain was hoped for."""
     lines = "".join(f'<span class="detail">{escape(line)}</span>' for line in details if line)
-    shown = f"<b class=\"bad\">{escape(value)}</b>" if bad else escape(value)
-    return f'<div class="tile"><span class="label">{escape(label)}</span><span class="value">{shown}</span>{lines}</div>'
+    shown = f'<b class="bad">{escape(value)}</b>' if bad else escape(value)
+    return (
+        f'<div class="tile"><span class="label">{escape(label)}</span><span class="value">{shown}</span>{lines}</div>'
+    )
 
 
 def figure(picture: str, caption: str = "") -> str:
@@ -170,14 +172,16 @@ body {{ margin: 0; background: var(--page); color: var(--ink); font: 15px/1.55 s
 main {{ max-width: 1080px; margin: 0 auto; padding: 40px 24px 72px; }}
 header {{ margin-bottom: 28px; }}
 .eyebrow {{ margin: 0 0 4px; color: var(--muted); font-size: 13px; }}
-h1 {{ margin: 0; font-size: 30px; line-height: 1.2; font-weight: 650; letter-spacing: -0.015em; overflow-wrap: anywhere; }}
+h1 {{ margin: 0; font-size: 30px; line-height: 1.2; font-weight: 650; letter-spacing: -0.015em;
+  overflow-wrap: anywhere; }}
 h2 {{ margin: 0 0 6px; font-size: 20px; font-weight: 620; letter-spacing: -0.008em; }}
 h3 {{ margin: 26px 0 8px; font-size: 15px; font-weight: 620; }}
 p {{ margin: 0 0 10px; max-width: 78ch; }}
 .lead {{ margin: 6px 0 0; color: var(--muted); font-size: 16px; }}
 .note, figcaption {{ color: var(--muted); font-size: 13.5px; max-width: 88ch; }}
 section {{ margin-top: 44px; padding-top: 22px; border-top: 1px solid var(--line); }}
-code, pre {{ font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; font-size: 0.88em; }}
+code, pre {{ font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace;
+  font-size: 0.88em; }}
 code {{ overflow-wrap: anywhere; }}
 pre {{ margin: 0; padding: 14px 16px; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; }}
@@ -187,8 +191,10 @@ pre {{ margin: 0; padding: 14px 16px; background: var(--card); border: 1px solid
 .verdict.bad {{ border-left-color: var(--bad); }}
 .good b, b.good {{ color: var(--good); }}
 .bad b, b.bad {{ color: var(--bad); }}
-.stages {{ display: grid; grid-template-columns: repeat(6, 1fr); gap: 8px; margin: 0 0 22px; padding: 0; list-style: none; }}
-.stages li {{ padding: 8px 11px; border: 1px solid var(--line); border-radius: 8px; font-size: 13px; line-height: 1.4; }}
+.stages {{ display: grid; grid-template-columns: repeat(6, 1fr); gap: 8px; margin: 0 0 22px; padding: 0;
+  list-style: none; }}
+.stages li {{ padding: 8px 11px; border: 1px solid var(--line); border-radius: 8px; font-size: 13px;
+  line-height: 1.4; }}
 .stages li span {{ display: block; color: var(--muted); font-size: 12.5px; }}
 .stages li.absent {{ border-style: dashed; color: var(--muted); }}
 .stages li.old span {{ color: var(--bad); }}
@@ -198,15 +204,18 @@ pre {{ margin: 0; padding: 14px 16px; background: var(--card); border: 1px solid
 .tile {{ padding: 12px 14px; border: 1px solid var(--line); border-radius: 8px; background: var(--card); }}
 .tile span {{ display: block; }}
 .tile .label {{ font-size: 12.5px; color: var(--muted); }}
-.tile .value {{ font-size: 23px; font-weight: 620; letter-spacing: -0.015em; line-height: 1.35; white-space: nowrap; }}
+.tile .value {{ font-size: 23px; font-weight: 620; letter-spacing: -0.015em; line-height: 1.35; white-space: nowrap;
+  }}
 .tile b {{ font-weight: inherit; }}
 .tile .detail {{ font-size: 12.5px; color: var(--muted); line-height: 1.45; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; width: 100%; font-size: 14px; }}
-th, td {{ padding: 6px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; vertical-align: top; }}
+th, td {{ padding: 6px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap;
+  vertical-align: top; }}
 th:first-child, td:first-child {{ padding-left: 2px; }}
 th:last-child, td:last-child {{ padding-right: 2px; }}
-thead th {{ color: var(--muted); font-weight: 560; font-size: 13px; border-bottom-color: var(--muted); vertical-align: bottom; }}
+thead th {{ color: var(--muted); font-weight: 560; font-size: 13px; border-bottom-color: var(--muted);
+  vertical-align: bottom; }}
 th.text, td.text {{ text-align: left; }}
 td.wide {{ white-space: normal; }}
 .strong {{ font-weight: 620; }}
@@ -225,8 +234,10 @@ figcaption {{ margin-top: 8px; }}
 .maps figure {{ margin: 8px 0 14px; }}
 .conclusions {{ margin: 16px 0 4px; padding-left: 20px; max-width: 92ch; }}
 .conclusions li {{ margin-bottom: 6px; }}
-.facts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 6px 24px; margin: 10px 0 18px; }}
-.facts div {{ display: flex; justify-content: space-between; gap: 12px; border-bottom: 1px solid var(--line); padding: 3px 0; }}
+.facts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 6px 24px;
+  margin: 10px 0 18px; }}
+.facts div {{ display: flex; justify-content: space-between; gap: 12px; border-bottom: 1px solid var(--line);
+  padding: 3px 0; }}
 .facts.wide {{ grid-template-columns: 1fr; }}
 .facts dt {{ color: var(--muted); font-size: 13.5px; }}
 .facts dd {{ margin: 0; font-size: 13.5px; text-align: right; overflow-wrap: anywhere; }}
@@ -238,7 +249,8 @@ summary {{ cursor: pointer; color: var(--accent); font-size: 14px; padding: 3px 
   .stages {{ grid-template-columns: repeat(2, 1fr); }}
   .maps {{ grid-template-columns: minmax(0, 1fr); }}
   .maps figure svg.map {{ min-width: 440px; }}
-  th:first-child, td:first-child {{ position: sticky; left: 0; background: var(--page); white-space: normal; min-width: 112px; }}
+  th:first-child, td:first-child {{ position: sticky; left: 0; background: var(--page); white-space: normal;
+    min-width: 112px; }}
   th, td {{ padding: 6px 9px; }}
 }}
 @media print {{
@@ -251,7 +263,7 @@ summary {{ cursor: pointer; color: var(--accent); font-size: 14px; padding: 3px 
   .scroll {{ overflow: visible; }}
   th, td {{ padding: 4px 7px; }}
   svg, i {{ -webkit-print-color-adjust: exact; print-color-adjust: exact; }}
-  details::details-content {{ content-visibility: visible; block-size: auto; }}
-  summary {{ color: inherit; list-style: none; }}
+  .maps > div {{ break-inside: avoid; }}
+  details:not([open]) {{ display: none; }}
 }}
 """

@@ -89,10 +89,19 @@ def _predictions(run: Artefacts) -> str:
         rows.append([*cells, kl, points, trained])
     if not rows:
         return ""
-    head = ["Arm", "Method", "Converted", "KL, predicted", "Needle loss, predicted", "KL, measured", "Retrieval lost", "Trained"]
+    head = [
+        "Arm",
+        "Method",
+        "Converted",
+        "KL, predicted",
+        "Needle loss, predicted",
+        "KL, measured",
+        "Retrieval lost",
+        "Trained",
+    ]
     words = (
-        '<p class="note">The prediction is the sum of the damages of the single groups. Together they do less to the KL '
-        "and more to retrieval than their sum, and training takes some back.</p>"
+        '<p class="note">The prediction is the sum of the damages of the single groups: it knows neither how they act '
+        "together nor what training takes back.</p>"
     )
     return "<h3>Predicted and measured</h3>" + table(head, rows, text=(0, 1, 7)) + words
 
@@ -108,7 +117,9 @@ def _reasons(run: Artefacts, sites: Sequence[Site]) -> str:
     for site in sites:
         for group, label in enumerate(dig(run.plan, "sites", site.name, default=[])):
             reason = dig(reasons, site.name, group, default="")
-            rows.append([str(site.layer), str(group), escape(str(label)), f'<span class="reason">{escape(str(reason))}</span>'])
+            rows.append(
+                [str(site.layer), str(group), escape(str(label)), f'<span class="reason">{escape(str(reason))}</span>']
+            )
     return details("Every group with its reason", table(["Layer", "KV group", "Operator", "Reason"], rows, text=(2, 3)))
 
 
@@ -142,8 +153,8 @@ def profile_section(run: Artefacts, pictures: dict[str, str | bytes]) -> str:
         rows.append("".join(pair))
     kind = "maps wide" if len(sites) > WIDE else "maps"
     note = (
-        "Measured on the teacher, before anything was trained. Damage is that of one KV group converted alone, all else "
-        "full. Point at a cell for its figure."
+        "Measured on the teacher, before anything was trained. Damage is that of one KV group converted alone, all "
+        "else full. Point at a cell for its figure."
     )
     return section("What the profile measured", *(f'<div class="{kind}">{row}</div>' for row in rows if row), note=note)
 
@@ -152,7 +163,7 @@ def _named(title: str, picture: str, words: str, file: str, pictures: dict[str, 
     if not picture:
         return ""
     pictures[file] = picture
-    return f"<div><h3>{escape(title)}</h3><p class=\"note\">{escape(words)}</p>{figure(picture)}</div>"
+    return f'<div><h3>{escape(title)}</h3><p class="note">{escape(words)}</p>{figure(picture)}</div>'
 
 
 def _heat(
@@ -178,7 +189,9 @@ def _heat(
             place = f"head {index}" if per_head else f"KV group {index}"
             title = f"layer {site.layer}, {place}: {number(value)}" + ("" if value is not None else " (does not apply)")
             opacity = shade(value, low, high, log=log)
-            cells.append(Cell(column=column, first=index, fill=None if value is None else colour, opacity=opacity, title=title))
+            cells.append(
+                Cell(column=column, first=index, fill=None if value is None else colour, opacity=opacity, title=title)
+            )
     ends = (number(low, 2), number(high, 2))
     if log and min(finite) < low:
         ends = (f"≤ {ends[0]}", ends[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,11 +116,18 @@ def _lora(
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": loss.item()}
 
-    with _checkpointing(model, settings.gradient_checkpointing):
-        trainer.run(step, samples, settings.batch, seed, track)
-    with replacing_folder(folder / ADAPTER) as temporary:
-        student.save_pretrained(str(temporary), save_embedding_layers=False)
-    student.unload()
+    try:
+        with _checkpointing(model, settings.gradient_checkpointing):
+            trainer.run(step, samples, settings.batch, seed, track)
+        with replacing_folder(folder / ADAPTER) as temporary:
+            student.save_pretrained(str(temporary), save_embedding_layers=False)
+    finally:
+        student.unload()
+        _forget_adapters(model)
+
+
+def _forget_adapters(model: Any) -> None:
+    """peft leaves a note of its adapters on the model, which transformers would take for adapters that are there."""
     if hasattr(model, "peft_config"):
         del model.peft_config
 
@@ -127,8 +135,6 @@ def _lora(
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Like `replacing`, for a folder whose files are few and whose absence means that it is to be made."""
-    import shutil
-
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     yield temporary
@@ -139,15 +145,16 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 @contextmanager
 def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
     """transformers checkpoints gradients in training mode only; without it the model stays as it is."""
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # renamed in transformers 5.2x
     if wanted:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        getattr(model, f"{word}_checkpointing_enable")({"use_reentrant": False})
         model.train()
     try:
         yield
     finally:
         model.eval()
         if wanted:
-            model.gradient_checkpointing_disable()
+            getattr(model, f"{word}_checkpointing_disable")()
 
 
 def _adapter_config(model: Any, plan: Mapping[Site, Sequence[Spec]], settings: LoraSettings) -> LoraConfig:
@@ -277,8 +284,7 @@ def load_student(model: Any, plan: Mapping[Site, Sequence[Spec]], folder: Path |
     if folder is not None and (folder / ADAPTER).exists():
         merged = PeftModel.from_pretrained(model, str(folder / ADAPTER)).merge_and_unload()
         assert merged is model
-        if hasattr(model, "peft_config"):
-            del model.peft_config
+        _forget_adapters(model)
     conversion = Conversion(model, plan)
     if folder is not None and (folder / OPERATORS).exists():
         learned, stored = conversion.learned(), load_file(folder / OPERATORS)

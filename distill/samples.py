@@ -18,7 +18,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogits
 
 from ..convert.errors import AssetMissing, UsageError
 from ..convert.files import replacing
+from ..convert.hosts.transformers import Conversion, Site
 from ..convert.text import rng, sequences
+from ..kernels.spec import Full
 
 if TYPE_CHECKING:
     from ..convert.progress import Track
@@ -64,8 +66,22 @@ def shard_count(settings: SampleSettings) -> int:
 
 
 @torch.no_grad()
-def sample(model: Any, starts: Tensor, settings: SampleSettings, folder: Path, track: Track) -> None:
-    """Write the shards that are missing. `starts` (n, P) are the prompts; each sequence gets `settings.length` tokens."""
+def sample(
+    model: Any, sites: Sequence[Site], starts: Tensor, settings: SampleSettings, folder: Path, track: Track
+) -> None:
+    """Write the shards that are missing. `starts` (n, P) are the prompts; each sequence gets `settings.length` tokens.
+
+    The teacher runs on our own full attention, which decodes grouped heads without repeating keys: several times faster
+    on CPU than the stock path, and equal to it.
+    """
+    conversion = Conversion(model, {site: [Full()] * site.kv_heads for site in sites})
+    try:
+        _make_shards(model, starts, settings, folder, track)
+    finally:
+        conversion.remove()
+
+
+def _make_shards(model: Any, starts: Tensor, settings: SampleSettings, folder: Path, track: Track) -> None:
     shards = shard_count(settings)
     for shard in range(shards):
         path = shard_path(folder, shard, shards)

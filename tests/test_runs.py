@@ -299,7 +299,10 @@ def test_figures_that_are_no_numbers_become_null(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
     run = Run.create(recipe(), tmp_path)
-    with pytest.raises(PreflightError, match=r"^disk full: .*samples.* run the same command again$"), run.stage("sample"):
+    with (
+        pytest.raises(PreflightError, match=r"^disk full: .*samples.* run the same command again$"),
+        run.stage("sample"),
+    ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(PreflightError, match="^disk full"), run.stage("sample"):
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")

@@ -233,8 +233,7 @@ def mask_function(
     batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **others: Any
 ) -> Tensor | None:
     """Keeps the padding mask (B, tokens so far) as it is, or None where every token is real."""
-    packed = "packed_sequence" in getattr(others.get("mask_function"), "__qualname__", "")
-    if packed or others.get("use_vmap"):
+    if others.get("allow_is_causal_skip") is False:  # how transformers says that the mask is not causal and padding alone
         raise Unsupported("packed sequences and custom mask functions are not supported: pad the batch instead")
     return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
 
@@ -283,6 +282,7 @@ class Conversion:
             self.hooks.append(module.register_forward_pre_hook(_swap_cache_layer, with_kwargs=True))
         self.was_stateful = getattr(model, "_is_stateful", False)
         model._is_stateful = True  # generate then refuses to roll back before it starts
+        self.installed = True
         model.set_attn_implementation(NAME)
 
     @contextlib.contextmanager
@@ -309,6 +309,7 @@ class Conversion:
             hook.remove()
         for name in self.sites:
             del _submodule(self.model, name)._modules[NAME]
+        self.installed = False
         self.model._is_stateful = self.was_stateful
         self.model.set_attn_implementation(self.before)
 
@@ -453,7 +454,8 @@ def converted_model(base: type[PreTrainedModel], config: type[PreTrainedConfig])
             self.conversion = Conversion(self, read_plan_block(config.attnconvert))
 
         def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-            if attn_implementation != NAME:
+            conversion = getattr(self, "conversion", None)
+            if attn_implementation != NAME and (conversion is None or conversion.installed):
                 warnings.warn(f"{type(self).__name__} keeps its own attention; {attn_implementation!r} is not used", stacklevel=2)
                 attn_implementation = NAME
             super().set_attn_implementation(attn_implementation, *args, **kwargs)

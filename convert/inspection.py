@@ -1,0 +1,193 @@
+"""Looking without touching: the state of a run's stages, the attention of a model, the plan of a conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .artefacts import dig, read_artefacts
+from .errors import UsageError
+from .files import read_json
+from .keys import SECTIONS, STAGES, UPSTREAM
+from .recipe import ModelSource, Recipe
+from .report_html import duration
+from .runs import DONE, KEY, RECIPE, Run
+
+if TYPE_CHECKING:
+    from .progress import Track
+
+LENGTHS = (8192, 32768)  # tokens at which the cache of a plan is compared with the full one
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def stage_states(run: Run, until: str = STAGES[-1], before: Recipe | None = None) -> list[dict[str, str]]:
+    """{"stage", "state", "why"} of every stage: what `run_stages` would do. Nothing is written, torch is not needed.
+
+    `before` is the recipe that the run had until now, to tell what has changed in it.
+    """
+    rows: list[dict[str, str]] = []
+    will: set[str] = set()
+    wanted = STAGES[: STAGES.index(until) + 1]
+    for stage in STAGES:
+        if run.is_done(stage):
+            took = dig(run.manifest(), "stages", stage, default={})
+            when = str(took.get("finished", ""))[:16].replace("T", " ")
+            state, why = "done", f"finished {when}, took {duration(took.get('seconds'))}"
+        else:
+            state, why = _waiting(run, stage, before, will)
+            will.add(stage)
+        if stage not in wanted and state != "done":
+            state = "not asked for"
+        rows.append({"stage": stage, "state": state, "why": why})
+    return rows
+
+
+def _waiting(run: Run, stage: str, before: Recipe | None, will: set[str]) -> tuple[str, str]:
+    if not run.stale(stage):
+        folder = run.folder(stage)
+        if (folder / DONE).exists():
+            return "will run", "files of it are gone"
+        begun = (folder / KEY).exists() and (folder / KEY).read_text(encoding="utf-8").startswith(run.key(stage))
+        return "will run", "begun before; continues" if begun else "not run yet"
+    changed = list(_changed(before, run.recipe, stage)) if before is not None else []
+    earlier = [name for name in UPSTREAM[stage] if name in will]
+    if changed:
+        more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
+        return "will run", f"out of date: {'; '.join(changed[:2])}{more}"
+    if earlier:
+        return "will run", f"out of date: {' and '.join(earlier)} will run again"
+    return "will run", "out of date: the plan or the recipe has changed since"
+
+
+def _changed(before: Recipe, now: Recipe, stage: str) -> Iterator[str]:
+    old, new = (recipe.model_dump(mode="json") for recipe in (before, now))
+    for section in SECTIONS[stage]:
+        values = [dig(document, *section.split(".")) for document in (old, new)]
+        yield from _differences(*values, section)
+
+
+def _differences(old: Any, new: Any, where: str) -> Iterator[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in {**old, **new}:
+            yield from _differences(old.get(key), new.get(key), f"{where}.{key}")
+    elif old != new:
+        yield f"{where} {_brief(old)} → {_brief(new)}"
+
+
+def _brief(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 24 else f"{text[:23]}…"
+
+
+# --- models and plans -------------------------------------------------------------------------------------------------
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether the folder is a checkpoint that `export` wrote."""
+    config = folder / "config.json"
+    return config.is_file() and isinstance(read_json(config), dict) and "attnconvert" in read_json(config)
+
+
+def exported_folder(folder: Path) -> Path:
+    """The checkpoint that is meant: the folder itself, or the export of the run that it is.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if is_exported(folder):
+        return folder
+    if (folder / RECIPE).is_file():
+        if is_exported(folder / "export"):
+            return folder / "export"
+        raise UsageError(f"{folder} has no checkpoint yet: run `attnconvert run {folder / RECIPE} --out {folder}`")
+    what = "is neither an exported checkpoint nor a run directory" if folder.is_dir() else "does not exist"
+    raise UsageError(f"{folder} {what}: give the folder that `attnconvert export` or `attnconvert run` wrote")
+
+
+def describe_model(source: ModelSource, track: Track) -> dict[str, Any]:
+    """The sites of a model, and which operators each could take.
+
+    Raises:
+        Unsupported: nothing in it can be converted; the message names the module and why.
+    """
+    from ..kernels.spec import OPERATORS
+    from .hosts.transformers import find_sites
+    from .sources import fetch_model, load_model
+
+    files = fetch_model(source, track=track)
+    model, _ = load_model(files, source)
+    sites = []
+    for site in find_sites(model):
+        fitting = [name for name in OPERATORS if site.limit is None or name in ("full", "window")]
+        sites.append(
+            {
+                "name": site.name,
+                "layer": site.layer,
+                "heads": site.heads,
+                "kv_heads": site.kv_heads,
+                "head_dim": site.dim,
+                "window": site.limit,
+                "operators": fitting,
+            }
+        )
+    return {
+        "model": files.name,
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "groups": sum(site["kv_heads"] for site in sites),
+        "sites": sites,
+    }
+
+
+def describe_plan(folder: Path) -> dict[str, Any]:
+    """The plan of an exported checkpoint or of a run, what it saves, and what was measured of it, if it was.
+
+    Raises:
+        UsageError: the folder is neither, or the run has not chosen a plan.
+    """
+    from ..kernels.spec import Full, label
+    from .evaluation import costs
+
+    plan, origin, dtype = _plan_of(folder)
+    run = folder if (folder / RECIPE).is_file() else folder.parent
+    found = read_artefacts(run) if (run / RECIPE).is_file() else None
+    element = 4 if dtype == "float32" else 2
+    full = {site: [Full()] * site.kv_heads for site in plan}
+    labels = [label(spec) for specs in plan.values() for spec in specs]
+    return {
+        "folder": str(folder),
+        "from": str(origin),
+        "groups": len(labels),
+        "converted": sum(name != "full" for name in labels) / max(1, len(labels)),
+        "operators": {name: labels.count(name) for name in dict.fromkeys(labels)},
+        "kv_ratio": {
+            str(n): costs(plan, n, element)["kv_bytes"] / costs(full, n, element)["kv_bytes"] for n in LENGTHS
+        },
+        "sites": [
+            {"name": site.name, "layer": site.layer, "groups": [label(spec) for spec in specs]}
+            for site, specs in plan.items()
+        ],
+        "evaluation": dict(found.evaluation) if found and found.status["evaluate"] == "done" else None,
+    }
+
+
+def _plan_of(folder: Path) -> tuple[Mapping[Any, Any], Path, str]:
+    """Operators by site, the file they stand in, and the number type. A run's plan may be newer than its export."""
+    from .hosts.transformers import read_plan_block
+    from .plan import read_plan
+    from .profiling import Profile
+
+    if is_exported(folder):
+        config = read_json(folder / "config.json")
+        return read_plan_block(config["attnconvert"]), folder / "config.json", str(config.get("dtype"))
+    run = Run.open(folder)
+    measured = run.folder("profile") / "profile.json"
+    if not run.plan.exists() or not measured.exists():
+        raise UsageError(
+            f"{folder} has no plan yet: run `attnconvert run {folder / RECIPE} --out {folder} --until select`"
+        )
+    return read_plan(run.plan).for_sites(Profile.from_json(read_json(measured)).sites), run.plan
