@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import signal
 import sys
 import traceback
@@ -25,7 +24,6 @@ from .convert.terminal import Terminal
 if TYPE_CHECKING:
     from .convert.recipe import Recipe
     from .convert.runs import Run
-    from .pipeline import Work
 
 CODES = "[b]Exit codes[/b]\n\n" + "\n\n".join(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())
 
@@ -117,7 +115,9 @@ def profile(
             raise UsageError(f"{target} is a run, which has its recipe and its place: leave --out and --set away")
         _one_stage(Path(target), "profile", terminal)
         return
-    loaded = _recipe_for(target, settings or ())
+    from .convert.defaults import recipe_for
+
+    loaded = recipe_for(target, settings or ())
     _run(loaded, out or Path("runs") / loaded.name, "profile", terminal)
 
 
@@ -166,8 +166,9 @@ def evaluate(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, 
     from .convert.tables import evaluation_parts
 
     terminal = Terminal(as_json=as_json, verbose=verbose, quiet=quiet)
-    work = _work(_open(run), terminal)
+    opened = _open(run)
     pipeline = _pipeline()
+    work = pipeline.Work(opened, terminal.track)
     if work.run.is_done("export"):
         terminal.note(f"measuring {work.run.folder('export')} again")
         document = pipeline.evaluate_exported(work)
@@ -188,37 +189,27 @@ def export(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, qu
 
 
 def _run(recipe: Recipe, folder: Path, until: str, terminal: Terminal) -> None:
+    from .convert.outcomes import outcome, summary
     from .convert.runs import Run
 
     run = Run.create(recipe, folder)
     pipeline = _pipeline()
-    work = _work(run, terminal)
-    ran = pipeline.run_stages(work, until)
+    ran = pipeline.run_stages(pipeline.Work(run, terminal.track), until)
     if STAGES.index(until) < STAGES.index("evaluate"):
-        document, shown = outcomes.outcome(run, until, terminal.out.width)
-        terminal.result(document, *shown, outcomes.places(run))
+        terminal.result(*outcome(run, until, terminal.out.width))
         return
-    from .convert.tables import evaluation_parts
-
-    document = pipeline.evaluation_of(work.run)
-    finished = run.is_done("export")
-    summary = {
-        "run": str(folder),
-        "ran": ran,
-        "stages": run.manifest()["stages"],
-        "evaluation": document,
-        "checkpoint": str(run.folder("export")) if finished else None,
-        "report": str(folder / "report.html"),
-    }
-    terminal.result(summary, *evaluation_parts(document), outcomes.places(run))
+    document = pipeline.evaluation_of(run)
+    terminal.result(*summary(run, ran, document))
     pipeline.require_gates(document)
 
 
 def _one_stage(folder: Path, stage: str, terminal: Terminal) -> None:
+    from .convert.outcomes import outcome
+
     run = _open(folder)
-    _pipeline().run_one(_work(run, terminal), stage)
-    document, shown = outcomes.outcome(run, stage, terminal.out.width)
-    terminal.result(document, *shown, outcomes.places(run))
+    pipeline = _pipeline()
+    pipeline.run_one(pipeline.Work(run, terminal.track), stage)
+    terminal.result(*outcome(run, stage, terminal.out.width))
 
 
 def _foresee(recipe: Recipe, folder: Path, until: str, terminal: Terminal) -> None:
@@ -233,24 +224,6 @@ def _foresee(recipe: Recipe, folder: Path, until: str, terminal: Terminal) -> No
     terminal.result({"run": str(folder), "recipe": recipe.name, "stages": rows}, where, stages_table(rows))
 
 
-def _recipe_for(target: str, settings: Sequence[str]) -> Recipe:
-    """The recipe that `target` names, or one with the default settings for the model that it names."""
-    from .convert.recipe import Recipe, dump_recipe, load_recipe, parse_recipe, shipped_recipes
-    from .convert.sources import parse_model_argument
-
-    shipped = list(shipped_recipes())
-    bare = not Path(target).exists() and not set(target) & set("/:@")
-    mistyped = bare and bool(difflib.get_close_matches(target, shipped))
-    if target in shipped or mistyped or Path(target).suffix in (".yaml", ".yml"):
-        return load_recipe(target, settings)
-    source = parse_model_argument(target)
-    stem = source.gguf or source.folder or (source.package.file if source.package else source.hub or "")
-    last = Path(stem).stem if str(stem).endswith(".gguf") else Path(stem).name
-    name = re.sub(r"[^a-z0-9.]+", "-", last.lower()).strip("-.") or "model"
-    made = Recipe(name=name, description=f"Defaults for {target}", model=source, text=load_recipe(shipped[0]).text)
-    return parse_recipe(dump_recipe(made), target, settings)
-
-
 def _known_stage(stage: str) -> None:
     if stage not in STAGES:
         close = difflib.get_close_matches(stage, STAGES, n=1)
@@ -262,10 +235,6 @@ def _open(folder: Path) -> Run:
     from .convert.runs import Run
 
     return Run.open(folder)
-
-
-def _work(run: Run, terminal: Terminal) -> Work:
-    return _pipeline().Work(run, terminal.track)
 
 
 def _pipeline() -> Any:

@@ -20,6 +20,7 @@ from .convert.machine import hardware
 from .convert.plan import Plan, read_plan, write_plan
 from .convert.profiling import Profile, profile
 from .convert.progress import Track, silent
+from .convert.recipe_inputs import ModelSource
 from .convert.report import write_report
 from .convert.selection import select
 from .convert.sources import Document, fetch_model, load_model, read_texts, refuse_overlap
@@ -295,23 +296,62 @@ def run_one(work: Work, stage: str) -> None:
         log.info("%s is done already", stage)
 
 
+def evaluation_of(run: Run) -> dict[str, Any]:
+    """evaluation.json of a run, held against the bounds that its recipe has now: they may change without new figures."""
+    path = run.folder("evaluate") / EVALUATION
+    document: dict[str, Any] = read_json(path)
+    unknown = [n for n in run.recipe.gates.kv_ratio if str(n) not in document["arms"][STUDENT]["kv_ratio"]]
+    if unknown:
+        sites = Profile.from_json(read_json(run.folder("profile") / PROFILE)).sites
+        plan = read_plan(run.plan).for_sites(sites)
+        full = {site: [_full()] * site.kv_heads for site in sites}
+        element = 4 if run.recipe.model.dtype == "float32" else 2
+        for n in unknown:
+            share = evaluation.costs(plan, n, element)["kv_bytes"] / evaluation.costs(full, n, element)["kv_bytes"]
+            document["arms"][STUDENT]["kv_ratio"][str(n)] = share
+    gates = evaluation.check_gates(run.recipe.gates, document)
+    if gates != document["gates"]:
+        document["gates"] = gates
+        write_json(path, document)
+        write_report(run.path)
+    return document
+
+
+def load_exported(folder: Path, track: Track = silent) -> Any:
+    """The model of a checkpoint that `export` wrote, its conversion installed; a damaged one is an AssetMissing."""
+    source = ModelSource(folder=folder.absolute(), dtype=read_json(folder / "config.json")["dtype"])
+    return load_model(fetch_model(source, track=track), source)[0]
+
+
 def evaluate_exported(work: Work) -> dict[str, Any]:
     """The figures again, from the exported checkpoint instead of the training artefacts."""
-    from transformers import AutoModelForCausalLM
-
     folder = work.run.folder("export")
-    student = AutoModelForCausalLM.from_pretrained(folder).eval()
+    student = load_exported(folder, work.track)
     document = _evaluate(work, [STUDENT], lambda arm: student, None)
     document["from"] = str(folder)
     write_json(work.run.folder("evaluate") / EXPORTED, document)
     return document
 
 
+def bench(folder: Path, lengths: Sequence[int], repeats: int, decode_tokens: int, track: Track) -> dict[str, Any]:
+    """Times of a checkpoint and of its own weights with full attention, measured in turns."""
+    student = load_exported(folder, track)
+    shared = {id(x): x for x in (*student.parameters(), *student.buffers())}
+    teacher = copy.deepcopy(student, shared)
+    teacher.conversion.remove()
+    found = evaluation.speed(teacher, student, lengths, repeats, decode_tokens, track)
+    dtype = str(student.dtype).removeprefix("torch.")
+    return {"checkpoint": str(folder), "machine": hardware(), "dtype": dtype, "speed": found}
+
+
 def require_gates(document: Mapping[str, Any]) -> None:
     """Raises GateMissed, naming every gate that the student does not meet."""
     missed = [g for g in document["gates"] if not g["passed"]]
     if missed:
-        told = "; ".join(f"{g['name']} is {g['value']:.4g}, the bound is {g['limit']:g}" for g in missed)
+        values = ["not a number" if g["value"] is None else f"{g['value']:.4g}" for g in missed]
+        told = "; ".join(
+            f"{g['name']} is {value}, the bound is {g['limit']:g}" for g, value in zip(missed, values, strict=True)
+        )
         raise GateMissed(f"{len(missed)} of {len(document['gates'])} gates missed: {told}")
 
 

@@ -106,10 +106,10 @@ def _quality(arms: Sequence[str], found: Mapping[str, Any]) -> Iterator[list[str
             f"perplexity @ {tokens(length)}",
             *(_beside(number(cell.get("perplexity"), 4), cell.get("perplexity_ratio")) for cell in cells),
         ]
-    length = next((entry["retrieval"]["length"] for entry in found.values() if dig(entry, "retrieval", "length")), None)
-    if length:
-        yield [f"needles @ {tokens(length)}", *(percent(dig(found[arm], "retrieval", "exact")) for arm in arms)]
-        yield [f"answer digits @ {tokens(length)}", *(percent(dig(found[arm], "retrieval", "digits")) for arm in arms)]
+    at = next((entry["retrieval"]["length"] for entry in found.values() if dig(entry, "retrieval", "length")), None)
+    if at:
+        yield [f"needles @ {tokens(at)}", *(percent(dig(found[arm], "retrieval", "exact")) for arm in arms)]
+        yield [f"answer digits @ {tokens(at)}", *(percent(dig(found[arm], "retrieval", "digits")) for arm in arms)]
 
 
 def _costs(arms: Sequence[str], found: Mapping[str, Any]) -> Iterator[list[str]]:

@@ -161,13 +161,13 @@ def _now(model: Any) -> float:
 def check_gates(gates: Gates, evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each gate of the recipe with its limit, the student's value and whether it passed."""
     student = evaluation["arms"]["student"]
-    rows: list[tuple[str, float, float, bool]] = []
+    rows: list[tuple[str, float, float | None, bool]] = []
 
-    def most(name: str, limit: float, value: float) -> None:
-        rows.append((name, limit, value, value <= limit))
+    def most(name: str, limit: float, value: float | None) -> None:  # None: it was no number, and is none in JSON
+        rows.append((name, limit, value, value is not None and value <= limit))
 
-    def least(name: str, limit: float, value: float) -> None:
-        rows.append((name, limit, value, value >= limit))
+    def least(name: str, limit: float, value: float | None) -> None:
+        rows.append((name, limit, value, value is not None and value >= limit))
 
     for length, limit in gates.kl.items():
         most(f"kl@{length}", limit, student["quality"][str(length)]["kl"])

@@ -65,8 +65,8 @@ def _waiting(run: Run, stage: str, before: Recipe | None, will: set[str]) -> tup
 def _changed(before: Recipe, now: Recipe, stage: str) -> Iterator[str]:
     old, new = (recipe.model_dump(mode="json") for recipe in (before, now))
     for section in SECTIONS[stage]:
-        values = [dig(document, *section.split(".")) for document in (old, new)]
-        yield from _differences(*values, section)
+        path = section.split(".")
+        yield from _differences(dig(old, *path), dig(new, *path), section)
 
 
 def _differences(old: Any, new: Any, where: str) -> Iterator[str]:
@@ -187,7 +187,7 @@ def _plan_of(folder: Path) -> tuple[Mapping[Any, Any], Path, str]:
     run = Run.open(folder)
     measured = run.folder("profile") / "profile.json"
     if not run.plan.exists() or not measured.exists():
-        raise UsageError(
-            f"{folder} has no plan yet: run `attnconvert run {folder / RECIPE} --out {folder} --until select`"
-        )
-    return read_plan(run.plan).for_sites(Profile.from_json(read_json(measured)).sites), run.plan
+        recipe = folder / RECIPE
+        raise UsageError(f"{folder} has no plan yet: run `attnconvert run {recipe} --out {folder} --until select`")
+    sites = Profile.from_json(read_json(measured)).sites
+    return read_plan(run.plan).for_sites(sites), run.plan, run.recipe.model.dtype

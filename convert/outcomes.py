@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.text import Text
@@ -9,26 +10,40 @@ from rich.text import Text
 from . import tables
 from .artefacts import read_artefacts
 from .inspection import describe_plan
+from .report import REPORT
 from .runs import Run
 
 
-def outcome(run: Run, stage: str, width: int) -> tuple[Any, list[Any]]:
-    """What a finished stage left: the JSON document, and what a person is shown."""
+def outcome(run: Run, stage: str, width: int) -> tuple[Any, ...]:
+    """What a finished stage left: the JSON document, then what a person is shown in a terminal of this width."""
     found = read_artefacts(run.path)
     folder = run.folder(stage)
     if stage == "profile":
-        return found.profile, [tables.profile_table(found.profile)]
+        return found.profile, tables.profile_table(found.profile), places(run)
     if stage == "select":
         sites = describe_plan(run.path)["sites"]
-        return found.select, [tables.selection_table(found.select), tables.plan_map(sites, width)]
+        return found.select, tables.selection_table(found.select), tables.plan_map(sites, width), places(run)
     if stage == "sample":
         settings = run.recipe.sample
         document = {"folder": str(folder), "sequences": settings.sequences, "length": settings.length}
-        return document, [Text(f"{settings.sequences} sequences of {settings.length} tokens in {folder}")]
+        return document, Text(f"{settings.sequences} sequences of {settings.length} tokens in {folder}"), places(run)
     if stage == "distill":
-        return {"arms": found.logs}, [tables.training_table(found.logs)]
+        return {"arms": found.logs}, tables.training_table(found.logs), places(run)
     checked = run.manifest()["metrics"].get("export") if run.recipe.export.verify else None
-    return {"checkpoint": str(folder), "verified": checked}, [_verified(checked)]
+    return {"checkpoint": str(folder), "verified": checked}, _verified(checked), places(run)
+
+
+def summary(run: Run, ran: Sequence[str], evaluation: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a whole run comes to, in the same form."""
+    document = {
+        "run": str(run.path),
+        "ran": list(ran),
+        "stages": run.manifest()["stages"],
+        "evaluation": evaluation,
+        "checkpoint": str(run.folder("export")) if run.is_done("export") else None,
+        "report": str(run.path / REPORT),
+    }
+    return document, *tables.evaluation_parts(evaluation), places(run)
 
 
 def _verified(checked: Any) -> Text:
@@ -42,7 +57,7 @@ def _verified(checked: Any) -> Text:
 
 def places(run: Run) -> Text:
     """Where everything lies, and how to load the checkpoint."""
-    pairs: list[tuple[str, object]] = [("report", run.path / "report.html")]
+    pairs: list[tuple[str, object]] = [("report", run.path / REPORT)]
     if run.plan.exists():
         pairs.append(("plan", run.plan))
     if run.is_done("export"):

@@ -52,11 +52,11 @@ class Run:
             UsageError: the folder holds something else: other files, a run of another recipe, another process.
             PreflightError: nothing can be written there.
         """
-        _refuse_foreign(folder)
+        cls.foresee(recipe, folder)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         with only_process(folder):
-            if (folder / RECIPE).exists():
+            if (folder / RECIPE).exists():  # another process may have been here since
                 _refuse_other(recipe, folder)
             text = dump_recipe(recipe)
             if not (folder / RECIPE).exists() or (folder / RECIPE).read_text(encoding="utf-8") != text:
@@ -64,6 +64,14 @@ class Run:
             run = cls(folder, recipe)
             run._describe(text)
         return run
+
+    @classmethod
+    def foresee(cls, recipe: Recipe, folder: Path) -> Run:
+        """The run that `create` would begin or take up, refused for the same reasons; nothing is written."""
+        _refuse_foreign(folder)
+        if (folder / RECIPE).exists():
+            _refuse_other(recipe, folder)
+        return cls(folder, recipe)
 
     @classmethod
     def open(cls, folder: Path) -> Run:
