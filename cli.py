@@ -8,9 +8,10 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import cleandoc
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .convert.recipe import Recipe
     from .convert.runs import Run
 
+Function = TypeVar("Function", bound=Callable[..., None])
 CODES = "[b]Exit codes[/b]\n\n" + "\n\n".join(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())
 
 app = typer.Typer(
@@ -42,6 +44,18 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="The recipes that are shipped, and checks of your own.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 
+
+def _command(group: typer.Typer, name: str) -> Callable[[Function], Function]:
+    """Registers a command; each paragraph of its docstring becomes one line, which the terminal may break anew."""
+
+    def register(function: Function) -> Function:
+        paragraphs = cleandoc(function.__doc__ or "").split("\n\n")
+        function.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+        return group.command(name)(function)
+
+    return register
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document; everything else goes to stderr.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the libraries' messages and full tracebacks.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only warnings and the result.")]
@@ -56,7 +70,7 @@ Set = Annotated[
 # --- the stages -------------------------------------------------------------------------------------------------------
 
 
-@app.command("run")
+@_command(app, "run")
 def run_command(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file or a shipped name.", show_default=False)],
     out: Out = None,
@@ -86,7 +100,7 @@ def run_command(
         _run(loaded, folder, until, terminal)
 
 
-@app.command()
+@_command(app, "profile")
 def profile(
     target: Annotated[
         str,
@@ -121,7 +135,7 @@ def profile(
     _run(loaded, out or Path("runs") / loaded.name, "profile", terminal)
 
 
-@app.command()
+@_command(app, "select")
 def select(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, quiet: Quiet = False) -> None:
     """Choose an operator for every KV group, under the budget of the recipe.
 
@@ -132,7 +146,7 @@ def select(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, qu
     _one_stage(run, "select", Terminal(as_json=as_json, verbose=verbose, quiet=quiet))
 
 
-@app.command()
+@_command(app, "sample")
 def sample(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, quiet: Quiet = False) -> None:
     """Let the teacher write the sequences that the student is trained on.
 
@@ -143,7 +157,7 @@ def sample(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, qu
     _one_stage(run, "sample", Terminal(as_json=as_json, verbose=verbose, quiet=quiet))
 
 
-@app.command()
+@_command(app, "distill")
 def distill(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, quiet: Quiet = False) -> None:
     """Train the converted model to behave as the original one does.
 
@@ -154,7 +168,7 @@ def distill(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, q
     _one_stage(run, "distill", Terminal(as_json=as_json, verbose=verbose, quiet=quiet))
 
 
-@app.command()
+@_command(app, "evaluate")
 def evaluate(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, quiet: Quiet = False) -> None:
     """Compare student and teacher: KL, perplexity, retrieval, memory and speed, and the gates of the recipe.
 
@@ -179,7 +193,7 @@ def evaluate(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, 
     pipeline.require_gates(document)
 
 
-@app.command()
+@_command(app, "export")
 def export(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, quiet: Quiet = False) -> None:
     """Write the checkpoint that from_pretrained loads, and prove it by loading it in clean processes.
 
@@ -247,7 +261,7 @@ def _pipeline() -> Any:
 # --- looking ----------------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@_command(app, "bench")
 def bench(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="An exported checkpoint, or a run.", show_default=False)
@@ -278,7 +292,7 @@ def bench(
     terminal.result(found, speed_table(found["speed"]), Text(f"{checkpoint} on {told}.", style="dim"))
 
 
-@app.command()
+@_command(app, "inspect")
 def inspect(
     target: Annotated[
         str,
@@ -307,9 +321,10 @@ def inspect(
         from .convert.sources import parse_model_argument
 
         found = inspection.describe_model(parse_model_argument(target), terminal.track)
-        billions = f"{found['parameters'] / 1e6:,.1f} million parameters"
-        told = f"{found['model']}: {found['class']}, {billions}, {found['dtype']}, {found['groups']} KV groups"
-        terminal.result(found, Text(told), tables.sites_table(found["sites"]))
+        size = f"{found['parameters'] / 1e6:,.1f} million parameters"
+        names = [site["name"] for site in (found["sites"][0], found["sites"][-1])]
+        told = f"{found['model']}: {found['class']}, {size}, {found['dtype']}, {found['groups']} KV groups"
+        terminal.result(found, Text(told), tables.sites_table(found["sites"]), Text(" … ".join(names), style="dim"))
         return
     found = inspection.describe_plan(folder)
     parts: list[Any] = [tables.lines(tables.plan_facts(found)), tables.plan_map(found["sites"], terminal.out.width)]
@@ -323,7 +338,7 @@ def inspect(
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
 
-@recipes_app.command("ls")
+@_command(recipes_app, "ls")
 def recipes_ls(as_json: AsJson = False) -> None:
     """List the shipped recipes.
 
@@ -336,7 +351,7 @@ def recipes_ls(as_json: AsJson = False) -> None:
     Terminal(as_json=as_json).result(found, lines(found.items()))
 
 
-@recipes_app.command("show")
+@_command(recipes_app, "show")
 def recipes_show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe.", show_default=False)],
     as_json: AsJson = False,
@@ -349,11 +364,11 @@ def recipes_show(
 
     text = recipe_text(name)
     Terminal(as_json=as_json).result(
-        load_recipe(name).model_dump(mode="json") if as_json else None, Text(text.rstrip())
+        load_recipe(name).model_dump(mode="json") if as_json else None, Text(text.rstrip(), no_wrap=True)
     )
 
 
-@recipes_app.command("validate")
+@_command(recipes_app, "validate")
 def recipes_validate(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recipes to check.", show_default=False)],
     as_json: AsJson = False,
@@ -379,7 +394,7 @@ def recipes_validate(
         raise UsageError("\n".join(told))
 
 
-@recipes_app.command("schema")
+@_command(recipes_app, "schema")
 def recipes_schema(as_json: AsJson = False) -> None:
     """Print the JSON Schema of recipes, for editors; it is JSON with and without --json.
 
@@ -431,5 +446,6 @@ def _guarded(given: list[str]) -> int:
         code, message = told(error)
         if traced and code == 1:
             traceback.print_exc()
-    Console(stderr=True, highlight=False).print(Text(message), soft_wrap=True)
+    if message:
+        Console(stderr=True, highlight=False).print(Text(message), soft_wrap=True)
     return int(code)

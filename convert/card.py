@@ -129,13 +129,13 @@ def _speed(arms: Sequence[str], speed: Mapping[str, Any]) -> Iterator[list[str]]
             ("decode", "decode_ms", "decode_speedup"),
         ):
             taken = [dig(entry, arm, field) for arm in arms]
-            shown = [_time(value if field == "prefill_s" else value and value / 1e3) for value in taken]
+            shown = [elapsed(value if field == "prefill_s" else value and value / 1e3) for value in taken]
             yield [f"{title} @ {tokens(length)}" + (", a token" if title == "decode" else ""), *shown]
             speedup = ratio(entry.get(ratio_field))
             yield [f"{title} speedup @ {tokens(length)}", *(speedup if arm == "student" else NONE for arm in arms)]
 
 
-def _time(seconds: Any) -> str:
+def elapsed(seconds: Any) -> str:
     """Small times need digits that `duration` leaves out."""
     return f"{number(seconds * 1e3)} ms" if seconds and seconds < 1 else duration(seconds or None)
 
@@ -145,10 +145,12 @@ def circumstances(evaluation: Mapping[str, Any]) -> str:
     data, machine = dig(evaluation, "data", default={}), dig(evaluation, "machine", default={})
     lengths = " and ".join(tokens(length) for length in data.get("lengths", []))
     first, last = (_shortened(dig(data, "text", end, default="")) for end in ("first", "last"))
+    count = dig(data, "text", "documents", default=0)
+    which = f"{count} documents ({first} to {last})" if count != 1 else f"one document ({first})"
     needles = dig(evaluation, "arms", "teacher", "retrieval", "cases")
     parts = [
         f"{data.get('sequences')} held-out sequences of {lengths} tokens each",
-        f"from {dig(data, 'text', 'documents')} documents ({first} to {last})",
+        f"from {which}",
         f"{needles} needle cases (template {dig(data, 'needles', 'template')})",
         f"seed {data.get('seed')}",
         ", ".join([str(machine.get("cpu")), f"{machine.get('cores')} cores", *machine.get("gpu", [])]),

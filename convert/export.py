@@ -65,7 +65,8 @@ def export(
             p.data = p.data if name in learned else p.data.to(getattr(torch, dtype))
         student.config.dtype = getattr(torch, dtype)
     base = type(student)
-    student.save_pretrained(folder)
+    # Renamings between checkpoint and module go by the stock model type, which this folder does not have: none are wanted.
+    student.save_pretrained(folder, save_original_format=False)
     tokenizer.save_pretrained(folder)
     converted, converted_config = f"Converted{base.__name__}", f"Converted{base.config_class.__name__}"
     config = read_json(folder / "config.json")

@@ -22,7 +22,7 @@ EXIT_CODES = {
 
 
 def told(error: Exception) -> tuple[int, str]:
-    """The exit code of an error, and the line that explains it."""
+    """The exit code of an error, and the line that explains it; recipes have a line for each of their errors."""
     if isinstance(error, GateMissed):
         return error.exit_code, f"gate missed: {error}"
     if isinstance(error, AttnConvertError):
@@ -31,7 +31,8 @@ def told(error: Exception) -> tuple[int, str]:
     if hasattr(error, "format_message"):  # typer's own, whose class has moved between its versions
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "attnconvert"
-        return 2, f"error: {one_line(error.format_message()).rstrip('.')}; see `{where} --help`"
+        message = one_line(error.format_message()).rstrip(".")
+        return 2, f"error: {message}; see `{where} --help`" if message else ""  # the help was shown instead
     host = sys.modules.get(f"{__package__}.hosts.transformers")
     if host is not None and isinstance(error, host.Unsupported):
         return UsageError.exit_code, f"error: {error}"

@@ -55,6 +55,7 @@ def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Plot | None:
                 axis.locator_params(axis="y", nbins=6)
             axis.set_title(titles.get(phase, phase) if len(phases) == 1 else titles.get(phase, phase).split(":")[0])
             axis.set_xlabel("step")
+            axis.locator_params(axis="x", integer=True)
         axes[0].set_ylabel("loss")
         if len(arms) > 1:
             figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside upper left", ncols=6)

@@ -94,7 +94,7 @@ def recipe_text(name: str) -> str:
     """
     if name not in shipped_recipes():
         known = list(shipped_recipes())
-        raise UsageError(f"no recipe {name!r}{did_you_mean(name, known)} shipped are {', '.join(known)}")
+        raise UsageError(f"no recipe {name!r}; shipped are {', '.join(known)}{did_you_mean(name, known)}")
     return (files("attnconvert") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 

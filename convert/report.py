@@ -128,7 +128,9 @@ def _gains(evaluation: Mapping[str, Any], student: Mapping[str, Any]) -> list[st
             where = f"{'per token ' if unit == 'decode_ms' else ''}at {tokens(length)} tokens"
             tiles.append(tile(label, ratio(value), change, where, bad=value < 0.995))
     for length, value in _longest(student.get("flops_ratio")):
-        tiles.append(tile("Attention FLOPs", ratio(value), f"at {tokens(length)} tokens", "by the cost model"))
+        tiles.append(
+            tile("Attention FLOPs", ratio(value), f"at {tokens(length)} tokens", "by the cost model", bad=value > 1)
+        )
     if student.get("converted") is not None:
         operators = dig(student, "operators", default={})
         full, groups = operators.get("full", 0), sum(operators.values())
@@ -220,18 +222,24 @@ def _comparison(run: Artefacts, pictures: dict[str, str | bytes]) -> str:
             pictures |= {f"{name}.svg": plot.svg, f"{name}.png": plot.png}
             drawn.append(f"<div>{figure(plot.inline, caption)}</div>")
     plots = f'<div class="maps">{"".join(drawn)}</div>' if drawn else ""
-    data = dig(evaluation, "data", default={})
-    described = ", ".join(f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in data.items())
     note = (
-        "All arms measured on the same held-out text and needle cases; times taken side by side, one after the other."
+        f"All arms measured on the same held-out text{_data(evaluation)} and the same needle cases; times taken side "
+        "by side, in turns, on the machine below."
     )
-    return section(
-        "Before and after",
-        conclusions(evaluation),
-        arms_table(evaluation, run.select),
-        plots,
-        note=note + (f" {escape(described)}." if described else ""),
-    )
+    return section("Before and after", conclusions(evaluation), arms_table(evaluation, run.select), plots, note=note)
+
+
+def _data(evaluation: Mapping[str, Any]) -> str:
+    """What was measured on, as far as it is told: how many sequences of which documents."""
+    told = []
+    if dig(evaluation, "data", "sequences"):
+        told.append(f"{number(dig(evaluation, 'data', 'sequences'))} sequences per length")
+    documents = dig(evaluation, "data", "text", "documents")
+    if documents:
+        names = [str(dig(evaluation, "data", "text", end, default="")).rpartition("/")[2] for end in ("first", "last")]
+        which = " … ".join(dict.fromkeys(name for name in names if name))
+        told.append(f"{number(documents)} document{'s' if documents != 1 else ''}: {which}")
+    return f" ({escape('; '.join(told))})" if told else ""
 
 
 def _training(run: Artefacts, pictures: dict[str, str | bytes]) -> str:
@@ -308,11 +316,3 @@ def _making(run: Artefacts) -> str:
         "<h3>Seeds</h3>" + facts(seeds) if seeds else "",
         "<h3>Inputs</h3>" + facts(origin + model).replace('class="facts"', 'class="facts wide"'),
     )
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
-    if isinstance(value, list):
-        return ", ".join(_plain(inner) for inner in value)
-    return number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

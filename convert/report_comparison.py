@@ -22,8 +22,8 @@ def arms_table(evaluation: Mapping[str, Any], select: Mapping[str, Any]) -> str:
         ("Choice", _choice_rows(found, select)),
         ("Quality", _quality_rows(found)),
         ("Retrieval", _retrieval_rows(found)),
-        ("Memory and work", _cost_rows(found)),
-        ("Speed", _speed_rows(evaluation, arms)),
+        ("Memory and work, by the cost model", _cost_rows(found)),
+        ("Speed and cache, measured", _speed_rows(evaluation, arms)),
     ):
         filled = [row for row in block if any(cell != NONE for cell in row[1:])]
         rows += [[title], *filled] if filled else []
@@ -112,9 +112,11 @@ def _speed_rows(evaluation: Mapping[str, Any], arms: Sequence[str]) -> list[list
                 value = dig(entry, arm, field)
                 shown = duration(value * scale) if value is not None else NONE
                 if value and before and arm != "teacher":
-                    shown += f"<small>{number(before / value)}× the speed</small>"
+                    shown += f"<small>{ratio(before / value)} the speed</small>"
                 row.append(shown)
             rows.append(row)
+        held = [dig(entry, arm, "kv_bytes") for arm in arms]
+        rows.append([f"cache measured, {tokens(length)} tokens", *(size(value) for value in held)])
     return rows
 
 

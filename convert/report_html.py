@@ -55,13 +55,13 @@ def size(value: Any) -> str:
 
 
 def duration(seconds: Any) -> str:
-    """850 ms, 4.2 s, 3 min 07 s, 1 h 02 min."""
+    """31.2 ms, 4.20 s, 3 min 07 s, 1 h 02 min."""
     if number(seconds) == NONE:
         return NONE
     if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
+        return f"{number(float(seconds * 1000))} ms"
+    if seconds < 59.95:
+        return f"{number(float(seconds))} s"
     minutes, second = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {second:02d} s"

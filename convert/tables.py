@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .artefacts import dig
-from .card import circumstances, figures
+from .card import circumstances, elapsed, figures
 from .report_html import NONE, duration, number, percent, ratio, size, tokens
 
 COLOURS = {"window": "cyan", "linear": "yellow", "hybrid": "magenta"}
@@ -32,7 +32,9 @@ def lines(pairs: Iterable[tuple[str, object]]) -> Text:
     """Names and values, one to a line, which no width breaks: paths and code are there to be copied."""
     pairs = list(pairs)
     width = max(len(name) for name, _ in pairs)
-    return Text("\n").join(Text.assemble((f"{name:<{width}}  ", "dim"), str(value)) for name, value in pairs)
+    made = Text("\n").join(Text.assemble((f"{name:<{width}}  ", "dim"), str(value)) for name, value in pairs)
+    made.no_wrap = True
+    return made
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
@@ -40,7 +42,7 @@ def lines(pairs: Iterable[tuple[str, object]]) -> Text:
 
 def stages_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """`rows` are {"stage", "state", "why"}."""
-    return table("", ["stage", "state", "why"], [_stage_row(row) for row in rows], left=3)
+    return table("Stages", ["stage", "state", "why"], [_stage_row(row) for row in rows], left=3)
 
 
 def _stage_row(row: Mapping[str, Any]) -> list[str | Text]:
@@ -137,11 +139,11 @@ def speed_table(speed: Mapping[str, Any]) -> Table:
     rows = []
     for length, entry in sorted(speed.items(), key=lambda item: int(item[0])):
         for name, field, unit, faster in (
-            ("prefill", "prefill_s", "s", "prefill_speedup"),
-            ("decode a token", "decode_ms", "ms", "decode_speedup"),
+            ("prefill", "prefill_s", 1.0, "prefill_speedup"),
+            ("decode a token", "decode_ms", 1e-3, "decode_speedup"),
         ):
             if faster in entry:
-                both = [f"{number(entry[arm][field])} {unit}" for arm in ("teacher", "student")]
+                both = [elapsed(entry[arm][field] * unit) for arm in ("teacher", "student")]
                 rows.append([tokens(length), name, *both, f"{number(entry[faster])}× as fast"])
         both = [size(entry[arm]["kv_bytes"]) for arm in ("teacher", "student")]
         rows.append([tokens(length), "KV cache", *both, f"{number(entry['kv_ratio'])}× the bytes"])
@@ -164,11 +166,10 @@ def sites_table(sites: Sequence[Mapping[str, Any]]) -> Table:
     for run in runs:
         first, last = run[0], run[-1]
         layers = str(first["layer"]) if len(run) == 1 else f"{first['layer']}–{last['layer']}"
-        own = str(first["window"]) if first["window"] else "none"
+        own = f"{first['window']:,}" if first["window"] else NONE
         numbers = [str(first[key]) for key in ("heads", "kv_heads", "head_dim")]
-        rows.append([layers, first["name"], *numbers, own, ", ".join(first["operators"])])
-    head = ["layers", "first module", "heads", "KV heads", "head dim", "own window", "operators"]
-    made = table("Attention", head, rows, left=2)
+        rows.append([layers, *numbers, own, ", ".join(first["operators"])])
+    made = table("Attention", ["layers", "heads", "KV heads", "head dim", "own window", "operators that fit"], rows)
     made.columns[-1].justify = "left"
     return made
 

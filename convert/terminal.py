@@ -37,13 +37,18 @@ class Terminal:
         return silent if self.quiet else rich_track(self.err)
 
     def result(self, document: Any, *shown: Any) -> None:
-        """The outcome: the document under --json, else what is shown, with an empty line between the parts."""
+        """The outcome: the document under --json, else the tables and texts that are shown."""
         if self.as_json:
             sys.stdout.write(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
             return
-        parts = [part for part in shown if part is not None]
-        for number, part in enumerate(parts):
-            self.out.print(*([""] if number else []), part, sep="\n", soft_wrap=isinstance(part, str | Text))
+        before = None
+        for part in shown:
+            if part is None:
+                continue
+            if isinstance(before, Text):  # tables end with an empty line of their own
+                self.out.print()
+            self.out.print(part, soft_wrap=isinstance(part, Text) and bool(part.no_wrap))
+            before = part
 
     def note(self, text: str) -> None:
         """A line about what happens now."""

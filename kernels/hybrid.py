@@ -31,7 +31,7 @@ class HybridState(WindowState):
     s: Tensor
 
 
-TAIL = 0.0  # where c starts
+TAIL = 0.5  # where c starts: on SmolLM2 the tail then helps from the first step
 
 
 class HybridParameters(Hedgehog):

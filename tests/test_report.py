@@ -74,7 +74,7 @@ def evaluation(**more: Any) -> dict[str, Any]:
     times = {"teacher": {"prefill_s": 20.0, "decode_ms": 30.0}, "student": {"prefill_s": 10.0, "decode_ms": 33.0}}
     return {
         "schema": 1,
-        "data": {"heldout": "prose", "sequences": 16},
+        "data": {"text": {"documents": 2, "first": "/a/1.txt", "last": "/a/2.txt"}, "sequences": 16},
         "arms": {"teacher": teacher | {"kv_bytes": {"8192": 1000}}, "student": arm(0.04, 0.94, 430), **more},
         "speed": {n: {**times, "prefill_speedup": 2.0, "decode_speedup": 30 / 33} for n in ("1024", "8192")},
         "gates": [
@@ -226,6 +226,7 @@ def test_the_top_says_which_gate_was_missed_and_what_was_gained(tmp_path: Path) 
     )
     assert "20.0 s → 10.0 s" in words
     assert "10.00 → 10.40" in words
+    assert "(16 sequences per length; 2 documents: 1.txt … 2.txt)" in words
     assert '<b class="bad">0.909×</b>' in (tmp_path / "report.html").read_text(encoding="utf-8")  # slower decoding
 
 
@@ -296,7 +297,7 @@ def test_numbers_are_written_as_people_read_them() -> None:
     ]
     assert [ratio(1.0439), ratio(0.431), ratio(None)] == ["1.044×", "0.43×", "–"]
     assert [percent(0.9375), size(512), size(18432), size(198180864)] == ["93.8 %", "512 B", "18.0 KiB", "189 MiB"]
-    assert [duration(s) for s in (0.85, 4.2, 187, 3720)] == ["850 ms", "4.2 s", "3 min 07 s", "1 h 02 min"]
+    assert [duration(s) for s in (0.85, 4.2, 187, 3720)] == ["850 ms", "4.20 s", "3 min 07 s", "1 h 02 min"]
 
 
 def test_operators_of_one_kind_have_shades_of_one_colour() -> None:
