@@ -11,7 +11,7 @@ import wrapt
 __version__ = "0.1.0"
 
 
-@wrapt.when_imported("transformers.models.auto.configuration_auto")  # type: ignore[untyped-decorator]
+@wrapt.when_imported("transformers.models.auto.configuration_auto")
 def _register(configuration_auto: Any) -> None:
     from .convert.hosts.registration import register
 

@@ -166,7 +166,9 @@ def _evaluate(work: Work, arms: Sequence[str], load: Callable[[str], Any], kept:
     settings = work.recipe.evaluate
     refuse_overlap(work.calibration, work.heldout)
     task = work.needles(settings.needles, work.heldout, settings.seed)
-    lengths = sorted({*settings.lengths, *(settings.speed.lengths if settings.speed else ()), *work.recipe.gates.kv_ratio})
+    lengths = sorted(
+        {*settings.lengths, *(settings.speed.lengths if settings.speed else ()), *work.recipe.gates.kv_ratio}
+    )
     element = work.model.dtype.itemsize
 
     def once(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -262,7 +264,7 @@ assert tuple(RUNNERS) == STAGES
 
 
 def run_stages(work: Work, until: str = "export") -> list[str]:
-    """Run what is not done yet, up to and including `until`; returns the stages that ran. The report is written anew."""
+    """Run what is not done yet, up to and including `until`; returns those that ran. The report is written anew."""
     ran = []
     for stage in STAGES[: STAGES.index(until) + 1]:
         if work.run.is_done(stage):
@@ -297,7 +299,7 @@ def run_one(work: Work, stage: str) -> None:
 
 
 def evaluation_of(run: Run) -> dict[str, Any]:
-    """evaluation.json of a run, held against the bounds that its recipe has now: they may change without new figures."""
+    """evaluation.json of a run, held against the bounds that its recipe has now: they may change."""
     path = run.folder("evaluate") / EVALUATION
     document: dict[str, Any] = read_json(path)
     unknown = [n for n in run.recipe.gates.kv_ratio if str(n) not in document["arms"][STUDENT]["kv_ratio"]]
@@ -357,7 +359,12 @@ def require_gates(document: Mapping[str, Any]) -> None:
 
 def _described(documents: Sequence[Document]) -> dict[str, Any]:
     names = [d.name for d in documents]
-    return {"documents": len(names), "first": names[0], "last": names[-1], "characters": sum(len(d.text) for d in documents)}
+    return {
+        "documents": len(names),
+        "first": names[0],
+        "last": names[-1],
+        "characters": sum(len(d.text) for d in documents),
+    }
 
 
 def _headline(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,9 +28,9 @@ from .files import read_json, sha256_file, write_json, write_text
 from .hosts.transformers import NAME, Site, plan_block
 
 KERNELS = ("spec", "call", "features", "full", "window", "linear", "hybrid", "operators")
-HEADER = '''# attnconvert {version}, https://github.com/attnconvert/attnconvert, Apache-2.0
+HEADER = """# attnconvert {version}, https://github.com/attnconvert/attnconvert, Apache-2.0
 # Part of an exported checkpoint: it loads with trust_remote_code=True where attnconvert is not installed.
-'''
+"""
 CONFIGURATION = '''"""The configuration of a converted {base}."""
 
 from transformers import {config}
@@ -65,7 +65,7 @@ def export(
             p.data = p.data if name in learned else p.data.to(getattr(torch, dtype))
         student.config.dtype = getattr(torch, dtype)
     base = type(student)
-    # Renamings between checkpoint and module go by the stock model type, which this folder does not have: none are wanted.
+    # Renamings between checkpoint and module go by the stock model type, which this folder does not have: want none.
     student.save_pretrained(folder, save_original_format=False)
     tokenizer.save_pretrained(folder)
     converted, converted_config = f"Converted{base.__name__}", f"Converted{base.config_class.__name__}"

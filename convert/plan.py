@@ -28,7 +28,7 @@ class Plan:
     def converted(self) -> float:
         """Share of the KV groups that are not full."""
         specs = [s for groups in self.groups.values() for s in groups]
-        return sum(s != Full() for s in specs) / max(1, len(specs))
+        return float(sum(s != Full() for s in specs) / max(1, len(specs)))
 
     def counts(self) -> dict[str, int]:
         """KV groups per operator label."""
@@ -43,9 +43,13 @@ class Plan:
         known = {site.name: site for site in sites}
         for name, specs in self.groups.items():
             if name not in known:
-                raise UsageError(f"the plan names {name!r}, which this model does not have; its sites are {_abridged(known)}")
+                raise UsageError(
+                    f"the plan names {name!r}, which this model does not have; its sites are {_abridged(known)}"
+                )
             if len(specs) != known[name].kv_heads:
-                raise UsageError(f"the plan gives {len(specs)} operators to {name}, which has {known[name].kv_heads} KV groups")
+                raise UsageError(
+                    f"the plan gives {len(specs)} operators to {name}, which has {known[name].kv_heads} KV groups"
+                )
         return {site: list(self.groups.get(site.name, (Full(),) * site.kv_heads)) for site in sites}
 
 
@@ -83,7 +87,9 @@ def read_plan(path: Path) -> Plan:
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise UsageError(f"{path}{where}: not YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(given, dict) or given.get("attnconvert") != FORMAT or not isinstance(given.get("sites"), dict):
-        raise UsageError(f"{path}: this is no plan of format {FORMAT}: it needs the keys attnconvert, model, operators, sites")
+        raise UsageError(
+            f"{path}: this is no plan of format {FORMAT}: it needs the keys attnconvert, model, operators, sites"
+        )
     specs: dict[str, Spec] = {}
     for name, spec in (given.get("operators") or {}).items():
         try:
@@ -95,6 +101,8 @@ def read_plan(path: Path) -> Plan:
     for site, labels in given["sites"].items():
         unknown = [x for x in labels if x not in specs]
         if unknown:
-            raise UsageError(f"{path}: sites.{site}: {unknown[0]!r} is not among the plan's operators: {', '.join(specs)}")
+            raise UsageError(
+                f"{path}: sites.{site}: {unknown[0]!r} is not among the plan's operators: {', '.join(specs)}"
+            )
         groups[site] = tuple(specs[x] for x in labels)
     return Plan(str(given.get("model")), groups)

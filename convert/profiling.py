@@ -90,7 +90,9 @@ def profile(
     names = {label(spec): spec for spec in candidates}
     installed = Conversion(model, {site: [Full()] * site.kv_heads for site in sites})
     try:
-        found = _stored(folder / "statistics.json", lambda: _statistics(model, installed, sites, texts, names, rows, track))
+        found = _stored(
+            folder / "statistics.json", lambda: _statistics(model, installed, sites, texts, names, rows, track)
+        )
         retrieval = _stored(folder / "retrieval.json", lambda: _retrieval(model, installed, sites, needles, track))
     finally:
         installed.remove()
@@ -100,7 +102,14 @@ def profile(
     statistics = {**found["statistics"], "retrieval": retrieval}
     seconds = time.perf_counter() - start
     return Profile(
-        tuple(sites), names, statistics, found["output_error"], measured["damage"], measured["teacher"], data or {}, seconds
+        tuple(sites),
+        names,
+        statistics,
+        found["output_error"],
+        measured["damage"],
+        measured["teacher"],
+        data or {},
+        seconds,
     )
 
 
@@ -132,7 +141,7 @@ class _Means:
 
 
 def probabilities(q: Tensor, k: Tensor, call: Call, at: Tensor) -> Tensor:
-    """Attention of the rows `at` (R,) over all earlier tokens, in fp32. q (B, H, S, D), k (B, Hk, S, D) → (B, H, R, S)"""
+    """Attention of the rows `at` (R,) over all earlier tokens. q (B, H, S, D), k (B, Hk, S, D) → (B, H, R, S)"""
     s = logits(grouped(q, k.shape[1])[..., at, :], k[:, :, None], call).flatten(1, 2)
     i = torch.arange(k.shape[2], device=q.device)
     allowed = i <= at[:, None]
@@ -142,7 +151,13 @@ def probabilities(q: Tensor, k: Tensor, call: Call, at: Tensor) -> Tensor:
 
 
 def _statistics(
-    model: Any, installed: Conversion, sites: Sequence[Site], texts: Tensor, names: Mapping[str, Spec], rows: int, track: Track
+    model: Any,
+    installed: Conversion,
+    sites: Sequence[Site],
+    texts: Tensor,
+    names: Mapping[str, Spec],
+    rows: int,
+    track: Track,
 ) -> dict[str, Any]:
     means = _Means()
     window = next((s.size for s in names.values() if isinstance(s, Window)), 128)
@@ -185,7 +200,9 @@ def _retrieval(
 
     def observe(site: SiteOperators, q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
         p = probabilities(q, k, call, here["answer"] - 1)  # (1, H, A, S)
-        means.add("retrieval", site.site.name, p[0].gather(-1, here["needle"].expand(p.shape[1], -1)[..., None]).mean((1, 2)))
+        means.add(
+            "retrieval", site.site.name, p[0].gather(-1, here["needle"].expand(p.shape[1], -1)[..., None]).mean((1, 2))
+        )
 
     with installed.observe(observe):
         for n, ids in enumerate(track(needles.ids, "retrieval heads")):
@@ -209,9 +226,7 @@ def _damage(
             write_json(path, _damage_of_case(model, sites, ids[None], answer, names, track(jobs, title)))
         cases.append(read_json(path))
     mean = torch.tensor([[[m["kl"], m["needle"]] for m in case["jobs"]] for case in cases]).double().mean(0)
-    damage = {
-        name: {m: [[None] * s.kv_heads for s in sites] for m in ("kl", "needle")} for name in names
-    }
+    damage = {name: {m: [[None] * s.kv_heads for s in sites] for m in ("kl", "needle")} for name in names}
     for (name, n, g), row in zip(jobs, mean.tolist(), strict=True):
         damage[name]["kl"][n][g], damage[name]["needle"][n][g] = row
     teacher = {"needle_nll": sum(case["teacher"] for case in cases) / len(cases)}

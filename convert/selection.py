@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from ..kernels import operators
@@ -85,12 +86,15 @@ def _damage(profile: Profile, group: Group, spec: Spec, weight: float) -> float 
 
 
 def _predicted(profile: Profile, chosen: Mapping[Group, Spec]) -> dict[str, float | None]:
+    """Sums of the single damages; None where the profile did not measure one of them."""
     totals: dict[str, float | None] = {}
     for measure in ("kl", "needle"):
-        values = [
-            profile.damage.get(label(s), {}).get(measure, {n: {g: None}})[n][g] for (n, g), s in chosen.items() if s != Full()
-        ]
-        totals[measure] = None if any(v is None for v in values) else float(sum(values))
+        values = []
+        for (n, g), spec in chosen.items():
+            if spec != Full():
+                table = profile.damage.get(label(spec))
+                values.append(None if table is None else table[measure][n][g])
+        totals[measure] = None if None in values else float(sum(values))
     return totals
 
 
@@ -123,7 +127,8 @@ def _reason(profile: Profile, settings: SelectSettings, group: Group, spec: Spec
     kl, needle = (table[m][group[0]][group[1]] for m in ("kl", "needle"))
     if kl is None:
         return "kept full: no candidate applies to this layer"
-    what = f"{label(shown)} costs KL {kl:.4f} and needle loss {needle:+.3f}; retrieval {retrieval_score(profile, group):.2f}"
+    score = retrieval_score(profile, group)
+    what = f"{label(shown)} costs KL {kl:.4f} and needle loss {needle:+.3f}; retrieval {score:.2f}"
     return f"{'kept full' if spec == Full() else 'converted'}: {what}"
 
 
@@ -159,7 +164,10 @@ def _solve(
         add(sizes / full, 0, settings.kv_bytes)
     damage = np.array([d for _, _, d in options])
     result = milp(
-        damage, constraints=LinearConstraint(np.array(rows), low, high), integrality=np.ones(len(options)), bounds=Bounds(0, 1)
+        damage,
+        constraints=LinearConstraint(np.array(rows), low, high),
+        integrality=np.ones(len(options)),
+        bounds=Bounds(0, 1),
     )
     if result.x is None:
         free = len({g for g, spec, _ in options if spec != Full()})
@@ -193,10 +201,9 @@ def _spread(profile: Profile, settings: SelectSettings) -> tuple[dict[Group, Spe
     """Evenly spaced or random groups or layers, as many as the budget needs."""
     units = _groups(profile) if settings.unit == "group" else [(n, -1) for n in range(len(profile.sites))]
     if settings.method == "random":
-        order = rng("select", settings.seed).get_state()  # one stream per seed, the same for every budget
-        shuffled = np.random.default_rng(np.frombuffer(order.numpy().tobytes()[:8], dtype=np.uint64)).permutation(len(units))
+        shuffled = torch.randperm(len(units), generator=rng("select", settings.seed)).tolist()
     else:  # evenly spaced at every prefix: van der Corput order
-        shuffled = np.argsort([int(f"{i:032b}"[::-1], 2) for i in range(len(units))], kind="stable")
+        shuffled = np.argsort([int(f"{i:032b}"[::-1], 2) for i in range(len(units))], kind="stable").tolist()
     spec = settings.operator or next(iter(profile.candidates.values()))
     chosen: dict[Group, Spec] = {}
     for count in range(len(units) + 1):
@@ -204,11 +211,11 @@ def _spread(profile: Profile, settings: SelectSettings) -> tuple[dict[Group, Spe
             break
         if count == len(units):
             raise UsageError(f"no {settings.method} plan meets the budget even with every group as {label(spec)}")
-        n, g = units[int(shuffled[count])]
+        n, g = units[shuffled[count]]
         members = range(profile.sites[n].kv_heads) if g < 0 else [g]
         chosen.update({(n, m): spec for m in members})
     word = "evenly spaced" if settings.method == "uniform" else f"at random, seed {settings.seed}"
-    return chosen, {group: f"converted: {word}" for group in chosen}
+    return chosen, dict.fromkeys(chosen, f"converted: {word}")
 
 
 def _budget_met(profile: Profile, settings: SelectSettings, chosen: Mapping[Group, Spec], units: int) -> bool:
@@ -230,7 +237,9 @@ def _explicit(profile: Profile, settings: SelectSettings) -> tuple[dict[Group, S
         first, _, last = str(key).partition("-")
         for layer in range(int(first), int(last or first) + 1):
             if layer not in layers:
-                raise UsageError(f"select.explicit names layer {layer}, but the model has layers {min(layers)}–{max(layers)}")
+                raise UsageError(
+                    f"select.explicit names layer {layer}, but the model has layers {min(layers)}–{max(layers)}"
+                )
             n = layers[layer]
             chosen.update({(n, g): spec for g in range(profile.sites[n].kv_heads)})
-    return chosen, {group: "converted: named in the recipe" for group in chosen}
+    return chosen, dict.fromkeys(chosen, "converted: named in the recipe")

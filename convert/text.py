@@ -29,11 +29,13 @@ TEMPLATES = {
     ),
     "locker": Template(
         needle=" By the way, the number of my locker at the station is {answer}; please do not forget it. ",
-        question="\n\nQuestion: Which number does my locker at the station have?\nAnswer: The number of my locker at the station is",
+        question="\n\nQuestion: Which number does my locker at the station have?"
+        "\nAnswer: The number of my locker at the station is",
     ),
     "account": Template(
         needle=" Note for the file: the account of Mrs. Hale was opened under the code {answer}. ",
-        question="\n\nFor the file, I repeat the note about Mrs. Hale. The account of Mrs. Hale was opened under the code",
+        question="\n\nFor the file, I repeat the note about Mrs. Hale."
+        " The account of Mrs. Hale was opened under the code",
     ),
 }
 
@@ -97,10 +99,13 @@ def needles(tokenizer: Any, documents: Sequence[Any], template: str, cases: int,
         question, answer = tokenize(tokenizer, form.question), tokenize(tokenizer, " " + number)
         room = length - sum(map(len, parts)) - len(question) - len(answer)
         if room < 16:
-            raise UsageError(f"needle cases of {length} tokens leave no text around the needle: use at least {length + 16 - room}")
+            raise UsageError(
+                f"needle cases of {length} tokens leave no text around the needle: use at least {length + 16 - room}"
+            )
         depth = round((case + 0.5) / cases * room)
         text = hay[case].tolist()
-        row = text[:depth] + sum(parts, []) + text[depth:room] + question + answer
+        needle = [token for part in parts for token in part]
+        row = text[:depth] + needle + text[depth:room] + question + answer
         at = depth + len(parts[0])
         ids.append(row)
         found.append(list(range(at, at + len(answer))))

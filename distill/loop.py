@@ -72,7 +72,13 @@ def distill(
 
 
 def _transfer(
-    model: Any, conversion: Conversion, samples: Tensor, settings: TransferSettings, seed: int, folder: Path, track: Track
+    model: Any,
+    conversion: Conversion,
+    samples: Tensor,
+    settings: TransferSettings,
+    seed: int,
+    folder: Path,
+    track: Track,
 ) -> None:
     learned = conversion.learned()
     for p in learned.values():
@@ -105,7 +111,15 @@ def _lora(
     steps = settings.epochs * math.ceil(len(samples) / settings.batch)
     optimizer = torch.optim.AdamW(list(learned.values()), lr=settings.lr, weight_decay=settings.weight_decay)
     trainer = Trainer(
-        "lora", learned, optimizer, settings.lr, steps, settings.warmup, settings.clip, settings.checkpoint_every, folder
+        "lora",
+        learned,
+        optimizer,
+        settings.lr,
+        steps,
+        settings.warmup,
+        settings.clip,
+        settings.checkpoint_every,
+        folder,
     )
 
     def step(ids: Tensor) -> dict[str, float]:
@@ -113,7 +127,7 @@ def _lora(
             want = host.trunk(model)(ids, use_cache=False).last_hidden_state
         got = host.trunk(model)(ids, use_cache=False).last_hidden_state
         loss = distillation(model, want, got, settings.logit_chunk)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return {"loss": loss.item()}
 
     try:
@@ -145,7 +159,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 @contextmanager
 def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
     """transformers checkpoints gradients in training mode only; without it the model stays as it is."""
-    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # renamed in transformers 5.2x
+    word = (
+        "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    )  # renamed in transformers 5.2x
     if wanted:
         getattr(model, f"{word}_checkpointing_enable")({"use_reentrant": False})
         model.train()
@@ -168,7 +184,8 @@ def _adapter_config(model: Any, plan: Mapping[Site, Sequence[Spec]], settings: L
             known = sorted({n.rpartition(".")[2] for n in names})
             raise AttnConvertError(f"distill.lora.targets {list(settings.targets)} matches nothing; there are {known}")
         names = chosen
-    return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=names, lora_dropout=0.0, bias="none")
+    alpha: Any = settings.alpha  # a float will do, whatever peft's annotation says
+    return LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none")
 
 
 class Trainer:
@@ -198,7 +215,9 @@ class Trainer:
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.lr * 0.5 * (1 + math.cos(math.pi * done))
 
-    def run(self, step: Callable[[Tensor], dict[str, float]], samples: Tensor, batch: int, seed: int, track: Track) -> None:
+    def run(
+        self, step: Callable[[Tensor], dict[str, float]], samples: Tensor, batch: int, seed: int, track: Track
+    ) -> None:
         """Train to the last step. `step` leaves gradients behind and returns what is logged, "loss" among it."""
         first = self._resume()
         device = next(iter(self.learned.values())).device
@@ -232,7 +251,7 @@ class Trainer:
         )
 
     def _log(self, line: dict[str, Any]) -> None:
-        with open(self.folder / LOG, "a") as file:
+        with (self.folder / LOG).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def _save(self, step: int) -> None:

@@ -30,7 +30,7 @@ def attention_transfer(model: Any, conversion: Conversion, ids: Tensor) -> float
             with torch.enable_grad():
                 got = site.operate(q.detach(), k.detach(), v.detach(), call, student=True)
                 loss = (got - want).float().square().sum() / want.float().square().sum().clamp_min(1e-12)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             losses.append(loss.item())
         return want
 

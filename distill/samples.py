@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class GumbelNoise(LogitsProcessor):
-    """Greedy search over logits plus Gumbel noise is sampling from their softmax; each row draws from its own stream."""
+    """Greedy search over logits plus Gumbel noise samples from their softmax; each row has a stream of its own."""
 
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
         self.generators = generators
@@ -159,5 +159,7 @@ def read_samples(folder: Path, settings: SampleSettings) -> Tensor:
         except FileNotFoundError:
             raise AssetMissing(f"{path} is missing: run `attnconvert sample` again") from None
         except pa.ArrowException as error:
-            raise AssetMissing(f"{path} cannot be read ({error}): delete it and run `attnconvert sample` again") from None
+            raise AssetMissing(
+                f"{path} cannot be read ({error}): delete it and run `attnconvert sample` again"
+            ) from None
     return torch.tensor(rows)

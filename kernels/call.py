@@ -24,8 +24,8 @@ ROWS = 512  # query rows that are masked at once: the largest mask is ROWS × ke
 class Call:
     """What one attention call carries besides q, k and v.
 
-    `valid` (B, seen + Q) is true for real tokens and None when all are. `softcap`, `sink_logits` (H,) and `limit` are the
-    architecture's own: logit soft cap (Gemma 2), a learned logit per head that takes part in the normaliser (gpt-oss)
+    `valid` (B, seen + Q) is true for real tokens and None when all are. `softcap`, `sink_logits` (H,) and `limit` are
+    the architecture's own: logit soft cap (Gemma 2), a learned logit per head that takes part in the normaliser (gpt-oss)
     and the model's own sliding window, in tokens.
     """
 
@@ -67,7 +67,7 @@ class Cost:
 
 def grouped(q: Tensor, kv_heads: int) -> Tensor:
     """(B, H, Q, D) → (B, Hk, G, Q, D), a view."""
-    return q.unflatten(1, (kv_heads, q.shape[1] // kv_heads))
+    return q.reshape(q.shape[0], kv_heads, q.shape[1] // kv_heads, *q.shape[2:])
 
 
 def map_state(state: T, change: Callable[[Tensor], Tensor]) -> T:
@@ -142,4 +142,4 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float
     o = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=mask, scale=scale)
     if mask is not None:
         o = o.masked_fill(~mask.any(-1, keepdim=True), 0.0)
-    return o.unflatten(2, (group, rows))
+    return o.reshape(*o.shape[:2], group, rows, o.shape[-1])

@@ -52,7 +52,7 @@ def _window(spec: Hybrid) -> Window:
 
 
 def _join(number: Tensor, total: Tensor, top: Tensor, tail: Tensor, weight: Tensor) -> Tensor:
-    """Window terms (…, D), (…, 1), (…, 1) and the tail (…, D + 1) under one normaliser. `weight` is c, (Hk, G, 1, 1)."""
+    """Window terms (…, D), (…, 1), (…, 1) and the tail (…, D + 1) under one normaliser; `weight` is c."""
     shift = torch.maximum(top, weight.detach())
     near, far = torch.exp(top - shift), torch.exp(weight - shift)
     total = total * near + tail[..., -1:] * far
@@ -60,7 +60,7 @@ def _join(number: Tensor, total: Tensor, top: Tensor, tail: Tensor, weight: Tens
 
 
 def _weight(learned: HybridParameters, like: Tensor) -> Tensor:
-    return learned.tail.to(like.dtype).unflatten(0, like.shape[1:3])[..., None, None]
+    return learned.tail.to(like.dtype).reshape(*like.shape[1:3], 1, 1)
 
 
 def reference(spec: Hybrid, q: Tensor, k: Tensor, v: Tensor, call: Call, learned: nn.Module | None = None) -> Tensor:
@@ -98,9 +98,7 @@ def attend(
     values = linear.with_ones(late_v, left, number.dtype)
     tail, s = linear.scan(learned.queries(qg), learned.keys(late_k), values, state.s if state else None)
     o = _join(number, total, top, tail, _weight(learned, number)).flatten(1, 2).to(q.dtype)
-    return o, HybridState(
-        window.keep_last(band_k, spec.window), window.keep_last(band_v, spec.window), *sinks, s
-    )
+    return o, HybridState(window.keep_last(band_k, spec.window), window.keep_last(band_v, spec.window), *sinks, s)
 
 
 def _leaving(k: Tensor, v: Tensor, sink_at: Tensor, held: int, size: int, call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,11 +126,12 @@ def decode_cost(spec: Hybrid, shape: Shape, length: int) -> Cost:
     """Of one token after `length - 1`."""
     near = window.decode_cost(_window(spec), shape, length)
     tail = linear.decode_cost(Linear(feature_map=spec.feature_map), shape, length)
-    return Cost(flops=near.flops + tail.flops, bytes=near.bytes + tail.bytes, state_bytes=near.state_bytes + tail.state_bytes)
+    return Cost(
+        flops=near.flops + tail.flops, bytes=near.bytes + tail.bytes, state_bytes=near.state_bytes + tail.state_bytes
+    )
 
 
 def state_size(spec: Hybrid, shape: Shape, length: int) -> float:
     """Bytes kept: ring, sinks and the fp32 state."""
     near = window.state_size(_window(spec), shape, length)
     return near + linear.state_size(Linear(feature_map=spec.feature_map), shape, length)
-

@@ -107,7 +107,9 @@ def spec_from_dict(given: Mapping[str, Any]) -> Spec:
     if name is None:
         raise ValueError(f"operator is missing: name one of {', '.join(sorted(OPERATORS))}")
     if name not in OPERATORS:
-        raise ValueError(f"no operator {name!r}{_suggest(str(name), OPERATORS)}; known are {', '.join(sorted(OPERATORS))}")
+        raise ValueError(
+            f"no operator {name!r}{_suggest(str(name), OPERATORS)}; known are {', '.join(sorted(OPERATORS))}"
+        )
     cls = OPERATORS[name]
     fields = [f.name for f in dataclasses.fields(cls)]
     for key in settings:

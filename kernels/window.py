@@ -21,7 +21,7 @@ BLOCKS = 64  # blocks computed at once, which bounds the memory of their masks a
 
 @dataclass
 class WindowState:
-    """The last `size` tokens (B, Hk, R ≤ size, D) and the sinks (B, Hk, sinks, D) with their positions, −1 = not yet."""
+    """The last `size` tokens (B, Hk, R ≤ size, D) and the sinks (B, Hk, sinks, D) with positions, −1 = not yet."""
 
     k: Tensor
     v: Tensor
@@ -65,7 +65,9 @@ def reference(spec: Window, q: Tensor, k: Tensor, v: Tensor, call: Call, learned
     return (number / total.clamp_min(torch.finfo(total.dtype).tiny)).flatten(1, 2).to(q.dtype)
 
 
-def update_sinks(k: Tensor, v: Tensor, call: Call, state: WindowState | None, sinks: int) -> tuple[Tensor, Tensor, Tensor]:
+def update_sinks(
+    k: Tensor, v: Tensor, call: Call, state: WindowState | None, sinks: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The sinks after the new tokens: keys and values (B, Hk, sinks, D), positions (B, sinks)."""
     batch, heads, new, dim = k.shape
     at = sink_positions(call, batch, call.seen + new, sinks, k.device)

@@ -14,17 +14,19 @@ BASE = {
     "bos_token_id": 1,
     "eos_token_id": 98,
 }
+LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 DECODERS = {
     "llama": {"num_key_value_heads": 2},
     "mistral": {"num_key_value_heads": 2, "sliding_window": 12},
     "qwen2": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 24},
     "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 12, "attn_logit_softcapping": 2.0},
-    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 12, "layer_types": LAYERS},
     "phi3": {"num_key_value_heads": 2, "sliding_window": 12},
     "gpt_neox": {},
     "olmo2": {"num_key_value_heads": 2},
-    "gpt_oss": {"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 12},
+    "gpt_oss": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 12, **EXPERTS},
 }  # fmt: skip
 
 

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from models import tiny
+
 from attnconvert.convert.hosts.transformers import Conversion, find_sites
 from attnconvert.convert.progress import silent
 from attnconvert.convert.recipe import DistillSettings, SampleSettings
@@ -12,7 +14,6 @@ from attnconvert.distill.loop import Diverged, distill, load_student
 from attnconvert.distill.objectives import distillation
 from attnconvert.distill.samples import read_samples, sample, shard_path
 from attnconvert.kernels.spec import Full, Hybrid, Linear, Window
-from models import tiny
 
 
 def plan_of(model):
@@ -89,9 +90,13 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, stop, monk
 
 def test_gradient_checkpointing_and_logit_chunks_change_nothing(tmp_path):
     logs = []
-    for n, changes in enumerate(({"gradient_checkpointing": True}, {"gradient_checkpointing": False, "logit_chunk": 100})):
+    for n, changes in enumerate(
+        ({"gradient_checkpointing": True}, {"gradient_checkpointing": False, "logit_chunk": 100})
+    ):
         model = tiny("qwen3")
-        distill(model, plan_of(model), samples_of(), settings_of(steps=1, epochs=1, **changes), tmp_path / str(n), silent)
+        distill(
+            model, plan_of(model), samples_of(), settings_of(steps=1, epochs=1, **changes), tmp_path / str(n), silent
+        )
         logs.append([line["loss"] for line in log_of(tmp_path / str(n))])
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
 
@@ -125,14 +130,16 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(tmp_path, 
 
 def sampled(folder, **changes):
     model = tiny("llama")
-    settings = SampleSettings.model_validate({"sequences": 5, "length": 20, "batch": 2, "shard": 3, "prompt_tokens": 4, **changes})
+    settings = SampleSettings.model_validate(
+        {"sequences": 5, "length": 20, "batch": 2, "shard": 3, "prompt_tokens": 4, **changes}
+    )
     starts = torch.arange(2, 22).view(5, 4)
     sample(model, find_sites(model), starts, settings, folder, silent)
     return read_samples(folder, settings), settings
 
 
 def test_samples_do_not_depend_on_batches_shards_or_interruptions(tmp_path):
-    one, settings = sampled(tmp_path / "a")
+    one, _ = sampled(tmp_path / "a")
     other, _ = sampled(tmp_path / "b", batch=4, shard=5)
     assert torch.equal(one, other)
     shard_path(tmp_path / "a", 0, 2).unlink()

@@ -6,15 +6,16 @@ import sys
 
 import pytest
 import torch
+from models import DECODERS, tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
 from attnconvert.convert import export as exporting
 from attnconvert.convert.export import VerificationFailed, export, flatten_imports, verify
 from attnconvert.convert.files import sha256_file
 from attnconvert.convert.hosts.transformers import Conversion, Unsupported, find_sites, plan_block, read_plan_block
 from attnconvert.kernels.operators import FILES
 from attnconvert.kernels.spec import Full, Hybrid, Linear, Window
-from models import DECODERS, tiny
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 KINDS = [Full(), Window(size=8, sinks=2), Linear(), Hybrid(window=8, sinks=2)]
 
@@ -48,7 +49,7 @@ def test_every_architecture_loads_again(tmp_path, name):
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     ids = torch.randint(2, 97, (2, 40), generator=torch.Generator().manual_seed(0))
     assert torch.equal(again(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
-    assert {k for k in again.state_dict()} == {k for k in model.state_dict()}
+    assert set(again.state_dict()) == set(model.state_dict())
     assert AutoTokenizer.from_pretrained(tmp_path)("5 6")["input_ids"] == [5, 6]
 
 
@@ -64,8 +65,8 @@ def test_without_trust_and_without_attnconvert_it_refuses_to_load(tmp_path):
 def test_asking_for_another_attention_does_not_turn_the_plan_off(tmp_path):
     model, _ = exported("llama", tmp_path)
     ids = torch.arange(2, 40)[None]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with pytest.warns(UserWarning, match="keeps its own attention"):
-        again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
         again.set_attn_implementation("sdpa")
     assert torch.equal(again(ids).logits, model(ids).logits)
     asked = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
@@ -101,7 +102,9 @@ def test_a_folder_that_gives_other_logits_is_no_success(tmp_path):
 
 def test_the_runtime_is_complete_and_flat():
     assert set(FILES) <= set(exporting.KERNELS)
-    source = "from ...kernels.spec import A\nfrom . import full, window\nfrom .call import B\nfrom ...kernels import ops\n"
+    source = (
+        "from ...kernels.spec import A\nfrom . import full, window\nfrom .call import B\nfrom ...kernels import ops\n"
+    )
     want = "from .attnconvert_spec import A\nfrom . import attnconvert_full as full, attnconvert_window as window\n"
     want += "from .attnconvert_call import B\nfrom . import attnconvert_ops as ops\n"
     assert flatten_imports(source) == want

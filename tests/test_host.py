@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from models import DECODERS, tiny
+from transformers import AutoConfig, AutoModelForMaskedLM, DynamicCache, StaticCache
+
 from attnconvert.convert.evaluation import cache_bytes, costs
 from attnconvert.convert.hosts import transformers as host
 from attnconvert.convert.hosts.transformers import Conversion, Unsupported, find_sites
 from attnconvert.kernels.spec import Full, Hybrid, Linear, Window
-from models import DECODERS, tiny
-from transformers import AutoConfig, AutoModelForMaskedLM, DynamicCache, StaticCache
 
 KINDS = [Full(), Window(size=8, sinks=2), Linear(), Hybrid(window=8, sinks=2)]
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -164,7 +165,9 @@ def test_the_teacher_is_the_untouched_model():
 
 
 def test_models_whose_attention_cannot_be_reached_are_refused():
-    bert = AutoConfig.for_model("bert", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    bert = AutoConfig.for_model(
+        "bert", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50
+    )
     with pytest.raises(Unsupported, match=r"causal"):
         find_sites(AutoModelForMaskedLM.from_config(bert).eval())
     with pytest.raises(Unsupported, match="GPTJ"):

@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from attnconvert.kernels import operators
 from attnconvert.kernels.call import Call, Shape, map_state, state_bytes
 from attnconvert.kernels.spec import Full, Hybrid, Linear, Window, label, spec_from_dict, spec_to_dict
-from torch.utils.flop_counter import FlopCounterMode
 
 SPECS = [Full(), Window(size=5, sinks=2), Window(size=1, sinks=0), Window(size=200, sinks=3), Linear()]
 SPECS += [Hybrid(window=6, sinks=2), Hybrid(window=3, sinks=0), Hybrid(window=150, sinks=4)]
@@ -18,7 +19,9 @@ ARCHITECTURES = [{}, {"softcap": 3.0}, {"sinks": True}]
 def make(shape, seed=0, dtype=torch.float64):
     batch, heads, kv_heads, length, dim = shape
     generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(batch, h, length, dim, generator=generator, dtype=dtype) for h in (heads, kv_heads, kv_heads))
+    q, k, v = (
+        torch.randn(batch, h, length, dim, generator=generator, dtype=dtype) for h in (heads, kv_heads, kv_heads)
+    )
     return q, k, v
 
 
@@ -68,7 +71,9 @@ def test_fast_version_equals_the_reference(spec, shape, architecture, padded):
     learned = learned_of(spec, shape)
     want = operators.of(spec).reference(spec, q, k, v, call, learned)
     got, _ = operators.attend(spec, q, k, v, call, None, learned)
-    real = torch.ones_like(want, dtype=torch.bool) if call.valid is None else call.valid[:, None, :, None].expand_as(want)
+    real = (
+        torch.ones_like(want, dtype=torch.bool) if call.valid is None else call.valid[:, None, :, None].expand_as(want)
+    )
     torch.testing.assert_close(got[real], want[real], atol=1e-10, rtol=1e-10)
     assert torch.isfinite(got).all()
 
@@ -231,4 +236,6 @@ def test_bad_specs_say_what_is_wrong(given, message):
 def test_every_operator_is_tested():
     tested = {spec.operator for spec in SPECS}
     assert tested == set(operators.FILES)
-    assert all(hasattr(operators.FILES[a], b) for a, b in itertools.product(tested, operators.Operator.__dataclass_fields__))
+    assert all(
+        hasattr(operators.FILES[a], b) for a, b in itertools.product(tested, operators.Operator.__dataclass_fields__)
+    )

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from models import tiny
+
 from attnconvert.convert import profiling
 from attnconvert.convert.files import read_json
 from attnconvert.convert.hosts.transformers import Conversion, find_sites
@@ -10,7 +12,6 @@ from attnconvert.convert.profiling import Profile, profile
 from attnconvert.convert.progress import silent
 from attnconvert.convert.text import Needles
 from attnconvert.kernels.spec import Full, Linear, Window
-from models import tiny
 
 CANDIDATES = [Window(size=6, sinks=1), Linear()]
 
@@ -25,9 +26,7 @@ def needle_cases(cases=2, length=48):
 def measure(model, folder, damage=True, candidates=CANDIDATES):
     texts = torch.randint(2, 97, (2, 40), generator=torch.Generator().manual_seed(1))
     sites = find_sites(model)
-    return profile(
-        model, sites, texts, needle_cases(), candidates, rows=30, damage=damage, folder=folder, track=silent
-    )
+    return profile(model, sites, texts, needle_cases(), candidates, rows=30, damage=damage, folder=folder, track=silent)
 
 
 def test_statistics_equal_those_of_the_models_own_attention(tmp_path):
@@ -41,7 +40,9 @@ def test_statistics_equal_those_of_the_models_own_attention(tmp_path):
         entropy = -(p * p.clamp_min(1e-20).log()).sum(-1).mean((0, 2))
         assert found.statistics["entropy"][layer] == pytest.approx(entropy.tolist(), rel=1e-4)
         near = at[:, None] - torch.arange(40) < 6
-        assert found.statistics["local_mass"][layer] == pytest.approx((p * near).sum(-1).mean((0, 2)).tolist(), rel=1e-4)
+        assert found.statistics["local_mass"][layer] == pytest.approx(
+            (p * near).sum(-1).mean((0, 2)).tolist(), rel=1e-4
+        )
         assert found.statistics["sink_mass"][layer] == pytest.approx(p[..., :4].sum(-1).mean((0, 2)).tolist(), rel=1e-4)
 
 

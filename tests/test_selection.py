@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+
 from attnconvert.convert.errors import UsageError
 from attnconvert.convert.hosts.transformers import Site
 from attnconvert.convert.plan import Plan, read_plan, write_plan

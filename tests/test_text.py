@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+
+from attnconvert.convert.documents import Document
 from attnconvert.convert.errors import UsageError
 from attnconvert.convert.text import TEMPLATES, needles, sequences
-from attnconvert.convert.documents import Document
 
 
 class Characters:
@@ -14,7 +15,9 @@ class Characters:
         return {"input_ids": [ord(c) for c in text]}
 
 
-DOCUMENTS = [Document(name=n, text="".join(chr(97 + (i * k) % 26) for i in range(4000))) for n, k in (("a", 3), ("b", 7))]
+DOCUMENTS = [
+    Document(name=n, text="".join(chr(97 + (i * k) % 26) for i in range(4000))) for n, k in (("a", 3), ("b", 7))
+]
 
 
 def test_sequences_do_not_overlap_and_come_from_one_document():

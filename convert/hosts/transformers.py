@@ -100,8 +100,8 @@ class SiteOperators(nn.Module):
         expected = (query.shape[0], seen + query.shape[2])
         if attention_mask is not None and attention_mask.shape != expected:
             raise Unsupported(
-                f"{self.site.name}: the attention mask has shape {tuple(attention_mask.shape)}; a converted model takes a "
-                f"padding mask of (batch, tokens so far) = {expected}"
+                f"{self.site.name}: the attention mask has shape {tuple(attention_mask.shape)}; a converted model takes "
+                f"a padding mask of (batch, tokens so far) = {expected}"
             )
         if query.dtype != value.dtype:  # autocast leaves rotated queries and keys in fp32
             query, key = query.to(value.dtype), key.to(value.dtype)
@@ -113,7 +113,8 @@ class SiteOperators(nn.Module):
             sink_logits=s_aux,
             limit=sliding_window,
         )
-        return self(query, key, value, call).transpose(1, 2)
+        o: Tensor = self(query, key, value, call)
+        return o.transpose(1, 2)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """q (B, H, Q, D), k, v (B, Hk, Q, D), all of the new tokens → (B, H, Q, D)"""
@@ -211,8 +212,8 @@ class OperatorLayer(CacheLayerMixin):
 
     def crop(self, *args: Any) -> None:
         raise Unsupported(
-            "a converted model cannot take tokens back from its cache (crop): windows and states have forgotten what was "
-            "before. Assisted decoding and prompt lookup need that; generate without them"
+            "a converted model cannot take tokens back from its cache (crop): windows and states have forgotten what "
+            "was before. Assisted decoding and prompt lookup need that; generate without them"
         )
 
 
@@ -233,7 +234,9 @@ def mask_function(
     batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **others: Any
 ) -> Tensor | None:
     """Keeps the padding mask (B, tokens so far) as it is, or None where every token is real."""
-    if others.get("allow_is_causal_skip") is False:  # how transformers says that the mask is not causal and padding alone
+    if (
+        others.get("allow_is_causal_skip") is False
+    ):  # how transformers says that the mask is not causal and padding alone
         raise Unsupported("packed sequences and custom mask functions are not supported: pad the batch instead")
     return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
 
@@ -251,7 +254,9 @@ def _swap_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     layer = cache.layers[index]
     if not isinstance(layer, OperatorLayer):
         if isinstance(layer, StaticLayer):
-            raise Unsupported("a converted model has no static cache: its states are small and fixed; use the default cache")
+            raise Unsupported(
+                "a converted model has no static cache: its states are small and fixed; use the default cache"
+            )
         if layer.get_seq_length() > 0:
             raise Unsupported("the cache was filled by another model: start a new one")
         layer = cache.layers[index] = OperatorLayer()
@@ -299,9 +304,7 @@ class Conversion:
 
     def learned(self) -> dict[str, nn.Parameter]:
         """Feature maps and gates by their names in the model's state dict."""
-        return {
-            f"{name}.{NAME}.{key}": p for name, site in self.sites.items() for key, p in site.named_parameters()
-        }
+        return {f"{name}.{NAME}.{key}": p for name, site in self.sites.items() for key, p in site.named_parameters()}
 
     def remove(self) -> None:
         """Leave the model as it was found."""
@@ -350,9 +353,13 @@ def find_sites(model: PreTrainedModel, tolerance: float = 1e-5) -> list[Site]:
     def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         heads, kv_heads = query.shape[1], key.shape[1]
         if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
-            raise Unsupported(f"{type(module).__name__} is not causal: only causal language models are converted so far")
+            raise Unsupported(
+                f"{type(module).__name__} is not causal: only causal language models are converted so far"
+            )
         if query.shape[-1] != value.shape[-1]:
-            raise Unsupported(f"{type(module).__name__}: keys of {query.shape[-1]} and values of {value.shape[-1]} differ")
+            raise Unsupported(
+                f"{type(module).__name__}: keys of {query.shape[-1]} and values of {value.shape[-1]} differ"
+            )
         seen[module] = (heads, kv_heads, query.shape[-1], kwargs.get("sliding_window"))
         return query.new_zeros(query.shape).transpose(1, 2), None
 
@@ -386,7 +393,8 @@ def _refuse_missed(model: nn.Module, seen: Mapping[nn.Module, Any], names: Mappi
     if not seen:
         found = f" ({type(looks[0]).__name__} at {names[looks[0]]})" if looks else ""
         raise Unsupported(
-            f"no attention of {type(model).__name__} goes through transformers' AttentionInterface{found}: nothing can be converted"
+            f"no attention of {type(model).__name__} goes through transformers' AttentionInterface{found}: "
+            "nothing can be converted"
         )
     if looks:
         raise Unsupported(
@@ -456,7 +464,9 @@ def converted_model(base: type[PreTrainedModel], config: type[PreTrainedConfig])
         def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
             conversion = getattr(self, "conversion", None)
             if attn_implementation != NAME and (conversion is None or conversion.installed):
-                warnings.warn(f"{type(self).__name__} keeps its own attention; {attn_implementation!r} is not used", stacklevel=2)
+                warnings.warn(
+                    f"{type(self).__name__} keeps its own attention; {attn_implementation!r} is not used", stacklevel=2
+                )
                 attn_implementation = NAME
             super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
@@ -474,7 +484,11 @@ class Replay:
         self.blocks: list[nn.Module] = []
         for site in sites:
             path = site.name.split(".")
-            parents = [n for n in range(1, len(path)) if isinstance(model.get_submodule(".".join(path[: n - 1])), nn.ModuleList)]
+            parents = [
+                n
+                for n in range(1, len(path))
+                if isinstance(model.get_submodule(".".join(path[: n - 1])), nn.ModuleList)
+            ]
             if not parents:
                 raise Unsupported(f"{site.name} is not in a list of blocks, so the model cannot be run from its middle")
             self.blocks.append(model.get_submodule(".".join(path[: parents[0]])))
@@ -519,7 +533,8 @@ def logits_at(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor:
     if "logits_to_keep" in inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters:
         logits: Tensor = model(ids, use_cache=False, logits_to_keep=positions).logits
         return logits
-    return model(ids, use_cache=False).logits[:, positions]
+    logits = model(ids, use_cache=False).logits
+    return logits[:, positions]
 
 
 def last_logits(model: PreTrainedModel) -> dict[str, int]:
@@ -529,11 +544,12 @@ def last_logits(model: PreTrainedModel) -> dict[str, int]:
 
 def trunk(model: PreTrainedModel) -> nn.Module:
     """The model without its head: ids → hidden states."""
-    return getattr(model, model.base_model_prefix)
+    inner: nn.Module = getattr(model, model.base_model_prefix)
+    return inner
 
 
 def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits (B, P, V) of hidden states (B, P, C) of any tokens, with whatever scale or cap the model has behind its head."""
+    """Logits (B, P, V) of hidden states (B, P, C) of any tokens, with what scale or cap the model has behind its head."""
     inner = trunk(model)
     inner.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
     try:

@@ -23,6 +23,7 @@ HEADS, KV_HEADS, DIM = 9, 3, 64  # of SmolLM2-135M
 def operators(lengths: tuple[int, ...] = (1024, 4096, 8192, 16384), repeats: int = 3) -> dict[str, Any]:
     """One layer of SmolLM2's shape, bf16, forward: milliseconds of each operator, taking turns, medians."""
     import torch
+
     from attnconvert.kernels import operators as ops
     from attnconvert.kernels.call import Call
     from attnconvert.kernels.spec import Full, Hybrid, Linear, Window, label
@@ -107,17 +108,17 @@ def _operator_table(found: dict[str, Any]) -> list[str]:
     lines = [
         "## Operators",
         "",
-        f"One layer, {shape['heads']} query heads over {shape['kv_heads']} KV heads of {shape['dim']}, {shape['dtype']}, "
-        f"forward, batch 1. Speed-up is against `full` (SDPA) in the same process, taking turns. {_where(found)}.",
+        f"One layer, {shape['heads']} query heads over {shape['kv_heads']} KV heads of {shape['dim']}, "
+        f"{shape['dtype']}, forward, batch 1. Speed-up is against `full` (SDPA) in the same process, taking turns. {_where(found)}.",
         "",
         "| tokens | operator | prefill ms | speed-up | decode ms | speed-up |",
         "|---:|---|---:|---:|---:|---:|",
     ]
-    for r in found["rows"]:
-        lines.append(
-            f"| {r['length']} | {r['operator']} | {r['prefill_ms']:.1f} | {r['prefill_speedup']:.1f}× "
-            f"| {r['decode_ms']:.2f} | {r['decode_speedup']:.1f}× |"
-        )
+    lines += [
+        f"| {r['length']} | {r['operator']} | {r['prefill_ms']:.1f} | {r['prefill_speedup']:.1f}× "
+        f"| {r['decode_ms']:.2f} | {r['decode_speedup']:.1f}× |"
+        for r in found["rows"]
+    ]
     return [*lines, ""]
 
 
