@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 import signal
 import sys
@@ -326,13 +327,16 @@ def inspect(
         told = f"{found['model']}: {found['class']}, {size}, {found['dtype']}, {found['groups']} KV groups"
         terminal.result(found, Text(told), tables.sites_table(found["sites"]), Text(" … ".join(names), style="dim"))
         return
-    found = inspection.describe_plan(folder)
-    parts: list[Any] = [tables.lines(tables.plan_facts(found)), tables.plan_map(found["sites"], terminal.out.width)]
-    if is_run:
-        parts.insert(0, tables.stages_table(inspection.stage_states(_open(folder))))
+    stages = inspection.stage_states(_open(folder)) if is_run else []
+    shown: list[Any] = [tables.stages_table(stages)] if is_run else []
+    if is_run and not (folder / "plan.yaml").exists():
+        terminal.result({"folder": target, "stages": stages}, *shown, Text("No plan yet."))
+        return
+    found = inspection.describe_plan(folder) | ({"stages": stages} if is_run else {})
+    shown += [tables.lines(tables.plan_facts(found)), tables.plan_map(found["sites"], terminal.out.width)]
     if found["evaluation"]:
-        parts += tables.evaluation_parts(found["evaluation"])
-    terminal.result(found, *parts)
+        shown += tables.evaluation_parts(found["evaluation"])
+    terminal.result(found, *shown)
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
@@ -446,6 +450,9 @@ def _guarded(given: list[str]) -> int:
         code, message = told(error)
         if traced and code == 1:
             traceback.print_exc()
+    gc.collect()  # a loop that was left in the middle may live on in a cycle, and with it its progress bar
+    console = Console(stderr=True, highlight=False)
+    console.show_cursor()
     if message:
-        Console(stderr=True, highlight=False).print(Text(message), soft_wrap=True)
+        console.print(Text(message), soft_wrap=True)
     return int(code)

@@ -124,20 +124,15 @@ def _costs(arms: Sequence[str], found: Mapping[str, Any]) -> Iterator[list[str]]
 
 def _speed(arms: Sequence[str], speed: Mapping[str, Any]) -> Iterator[list[str]]:
     for length, entry in sorted(speed.items(), key=lambda item: int(item[0])):
-        for title, field, ratio_field in (
-            ("prefill", "prefill_s", "prefill_speedup"),
-            ("decode", "decode_ms", "decode_speedup"),
+        for title, field, unit, speedup in (
+            ("prefill", "prefill_s", 1.0, "prefill_speedup"),
+            ("decode a token", "decode_ms", 1e-3, "decode_speedup"),
         ):
             taken = [dig(entry, arm, field) for arm in arms]
-            shown = [elapsed(value if field == "prefill_s" else value and value / 1e3) for value in taken]
-            yield [f"{title} @ {tokens(length)}" + (", a token" if title == "decode" else ""), *shown]
-            speedup = ratio(entry.get(ratio_field))
-            yield [f"{title} speedup @ {tokens(length)}", *(speedup if arm == "student" else NONE for arm in arms)]
-
-
-def elapsed(seconds: Any) -> str:
-    """Small times need digits that `duration` leaves out."""
-    return f"{number(seconds * 1e3)} ms" if seconds and seconds < 1 else duration(seconds or None)
+            yield [f"{title} @ {tokens(length)}", *(duration(value and value * unit) for value in taken)]
+            gained = ratio(entry.get(speedup))
+            name = speedup.replace("_", " ")
+            yield [f"{name} @ {tokens(length)}", *(gained if arm == "student" else NONE for arm in arms)]
 
 
 def circumstances(evaluation: Mapping[str, Any]) -> str:

@@ -89,12 +89,13 @@ def _predicted(profile: Profile, chosen: Mapping[Group, Spec]) -> dict[str, floa
     """Sums of the single damages; None where the profile did not measure one of them."""
     totals: dict[str, float | None] = {}
     for measure in ("kl", "needle"):
-        values = []
+        values: list[float | None] = []
         for (n, g), spec in chosen.items():
             if spec != Full():
                 table = profile.damage.get(label(spec))
                 values.append(None if table is None else table[measure][n][g])
-        totals[measure] = None if None in values else float(sum(values))
+        known = [v for v in values if v is not None]
+        totals[measure] = float(sum(known)) if len(known) == len(values) else None
     return totals
 
 

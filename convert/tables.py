@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .artefacts import dig
-from .card import circumstances, elapsed, figures
+from .card import circumstances, figures
 from .report_html import NONE, duration, number, percent, ratio, size, tokens
 
 COLOURS = {"window": "cyan", "linear": "yellow", "hybrid": "magenta"}
@@ -75,7 +75,8 @@ def _total(values: Sequence[float | None], places: int, *, mean: bool = False) -
     known = [value for value in values if value is not None]
     if not known:
         return NONE
-    return f"{sum(known) / (len(known) if mean else 1):.{places}f}".replace("-", "\u2212")
+    value = round(sum(known) / (len(known) if mean else 1), places) + 0.0  # no −0.000
+    return f"{value:.{places}f}".replace("-", "\u2212")
 
 
 def selection_table(select: Mapping[str, Any]) -> Table:
@@ -143,7 +144,7 @@ def speed_table(speed: Mapping[str, Any]) -> Table:
             ("decode a token", "decode_ms", 1e-3, "decode_speedup"),
         ):
             if faster in entry:
-                both = [elapsed(entry[arm][field] * unit) for arm in ("teacher", "student")]
+                both = [duration(entry[arm][field] * unit) for arm in ("teacher", "student")]
                 rows.append([tokens(length), name, *both, f"{number(entry[faster])}× as fast"])
         both = [size(entry[arm]["kv_bytes"]) for arm in ("teacher", "student")]
         rows.append([tokens(length), "KV cache", *both, f"{number(entry['kv_ratio'])}× the bytes"])

@@ -25,8 +25,8 @@ class Call:
     """What one attention call carries besides q, k and v.
 
     `valid` (B, seen + Q) is true for real tokens and None when all are. `softcap`, `sink_logits` (H,) and `limit` are
-    the architecture's own: logit soft cap (Gemma 2), a learned logit per head that takes part in the normaliser (gpt-oss)
-    and the model's own sliding window, in tokens.
+    the architecture's own: logit soft cap (Gemma 2), a learned logit per head in the normaliser (gpt-oss) and the
+    model's own sliding window, in tokens.
     """
 
     scale: float

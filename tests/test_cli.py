@@ -1,4 +1,4 @@
-"""The command line as a user meets it: whole runs on a tiny model, what is printed, and the code that each ends with."""
+"""The command line as a user meets it: whole runs on a tiny model, what is printed, and every exit code."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 import typer
+
 from attnconvert import cli
 from attnconvert.convert.failures import EXIT_CODES
 from attnconvert.convert.keys import STAGES
 
 ROOT = Path(__file__).parents[1]
-WORDS = (
-    "the a of and key is what remember it to my number at station by please do not which have question answer".split()
-)
+TEXT = "the a of and key is what remember it to my number at station by please do not which have question answer"
+WORDS = TEXT.split()
 RECIPE = """\
 name: tiny-window
 description: A tiny random Llama
@@ -201,10 +201,13 @@ def test_bench_times_the_checkpoint_against_full_attention(attnconvert: Command,
     assert "cores" in shown
 
 
-def test_inspect_shows_sites_plans_and_runs(attnconvert: Command, place: Path, whole: Path) -> None:
+def test_inspect_shows_sites_plans_and_runs(attnconvert: Command, place: Path, whole: Path, tmp_path: Path) -> None:
     model = attnconvert("inspect", place / "model", "--json").document
     assert (model["class"], model["groups"], len(model["sites"])) == ("LlamaForCausalLM", 6, 3)
     assert set(model["sites"][0]["operators"]) == {"full", "window", "linear", "hybrid"}
+    shutil.copy(whole / "recipe.yaml", tmp_path)
+    begun = attnconvert("inspect", tmp_path, "--json").document
+    assert {row["why"] for row in begun["stages"]} == {"not run yet"}
     for folder in (whole, whole / "export"):
         plan = attnconvert("inspect", folder, "--json").document
         assert plan["converted"] == pytest.approx(4 / 6)

@@ -37,6 +37,7 @@ def test_all_heads_full_is_the_untouched_model(name):
     assert len(sites) == 3
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
+    model.set_attn_implementation("eager")
     want = [model(ids, use_cache=False).logits, model(ids, attention_mask=mask, use_cache=False).logits]
     conversion = Conversion(model, {s: [Full()] * s.kv_heads for s in sites})
     got = [model(ids, use_cache=False).logits, model(ids, attention_mask=mask, use_cache=False).logits]
@@ -184,6 +185,7 @@ def test_autocast_keeps_dtypes_together():
 @torch.no_grad()
 def test_a_replay_from_the_middle_gives_the_same_logits():
     model, ids = tiny("gemma2"), ids_of(1)
+    model.set_attn_implementation("eager")
     sites = find_sites(model)
     replay, at = host.Replay(model, sites), torch.tensor([3, 20, 39])
     with replay.record():

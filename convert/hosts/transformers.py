@@ -100,7 +100,7 @@ class SiteOperators(nn.Module):
         expected = (query.shape[0], seen + query.shape[2])
         if attention_mask is not None and attention_mask.shape != expected:
             raise Unsupported(
-                f"{self.site.name}: the attention mask has shape {tuple(attention_mask.shape)}; a converted model takes "
+                f"{self.site.name}: the attention mask has shape {tuple(attention_mask.shape)}; this takes "
                 f"a padding mask of (batch, tokens so far) = {expected}"
             )
         if query.dtype != value.dtype:  # autocast leaves rotated queries and keys in fp32
@@ -157,7 +157,7 @@ class OperatorLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.is_initialized = True
         self.seen = 0
         self.owner: tuple[SiteOperators, bool] | None = None
@@ -341,7 +341,7 @@ def _setting(objects: Any, attribute: str, value: Any) -> Iterator[None]:
 def find_sites(model: PreTrainedModel, tolerance: float = 1e-5) -> list[Site]:
     """The sites of a model, found by running it: what calls the attention interface is a site.
 
-    The model then runs once with all of them full, and must give what it gave untouched.
+    The model then runs once with all of them full, and must give what its own eager attention gives.
 
     Raises:
         Unsupported: no attention reaches the interface, only some does, or something in it is not known here.
@@ -365,8 +365,9 @@ def find_sites(model: PreTrainedModel, tolerance: float = 1e-5) -> list[Site]:
 
     AttentionInterface.register(f"{NAME}_probe", record)
     AttentionMaskInterface.register(f"{NAME}_probe", lambda *a, **k: None)
-    want = model(ids, use_cache=False).logits
     try:
+        model.set_attn_implementation("eager")  # the definition: older sdpa paths leave out soft caps without a word
+        want = model(ids, use_cache=False).logits
         model.set_attn_implementation(f"{NAME}_probe")
         model(ids, use_cache=False)
     except ValueError as error:
@@ -549,7 +550,7 @@ def trunk(model: PreTrainedModel) -> nn.Module:
 
 
 def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits (B, P, V) of hidden states (B, P, C) of any tokens, with what scale or cap the model has behind its head."""
+    """Logits (B, P, V) of hidden states (B, P, C), with the scale or cap that the model has behind its head."""
     inner = trunk(model)
     inner.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
     try:

@@ -109,7 +109,8 @@ def _operator_table(found: dict[str, Any]) -> list[str]:
         "## Operators",
         "",
         f"One layer, {shape['heads']} query heads over {shape['kv_heads']} KV heads of {shape['dim']}, "
-        f"{shape['dtype']}, forward, batch 1. Speed-up is against `full` (SDPA) in the same process, taking turns. {_where(found)}.",
+        f"{shape['dtype']}, forward, batch 1. Speed-up is against `full` (SDPA) in the same process, taking turns. "
+        f"{_where(found)}.",
         "",
         "| tokens | operator | prefill ms | speed-up | decode ms | speed-up |",
         "|---:|---|---:|---:|---:|---:|",
