@@ -61,10 +61,18 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document; e
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the libraries' messages and full tracebacks.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only warnings and the result.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run directory; else runs/<recipe name>.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="The run directory; else runs/<recipe name>.", show_default=False),
+]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as sample.sequences=16. Repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a setting, such as sample.sequences=16. Repeatable.",
+        show_default=False,
+    ),
 ]
 
 

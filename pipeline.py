@@ -14,7 +14,8 @@ from .convert.card import model_card
 from .convert.errors import GateMissed, UsageError
 from .convert.export import export, verify
 from .convert.files import read_json, write_json
-from .convert.hosts.transformers import Site, find_sites
+from .convert.hosts.models import find_sites
+from .convert.hosts.transformers import Site
 from .convert.keys import STAGES
 from .convert.machine import hardware
 from .convert.plan import Plan, read_plan, write_plan

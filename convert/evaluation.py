@@ -20,8 +20,8 @@ from torch import Tensor
 from ..kernels import operators
 from ..kernels.call import Shape
 from ..kernels.spec import Full, Spec, Window
-from .hosts import transformers as host
-from .hosts.transformers import Site
+from .hosts import models
+from .hosts.transformers import OperatorLayer, Site
 from .profiling import kl
 from .text import Needles
 
@@ -68,7 +68,7 @@ def retrieval(model: Any, needles: Needles, batch: int, track: Track, title: str
     assert bool((needles.answer == at).all()), "every case ends with its answer"
     for rows in track(needles.ids.split(batch), title):
         rows = rows.to(model.device)
-        guess = host.logits_at(model, rows, at.to(model.device) - 1).argmax(-1)
+        guess = models.logits_at(model, rows, at.to(model.device) - 1).argmax(-1)
         right.append((guess == rows[:, at]).cpu())
     hits = torch.cat(right)
     return {
@@ -95,7 +95,7 @@ def cache_bytes(cache: Any) -> int:
     """Bytes that a cache holds, measured on its tensors."""
     total = 0
     for layer in cache.layers:
-        if isinstance(layer, host.OperatorLayer):
+        if isinstance(layer, OperatorLayer):
             total += layer.state_bytes()
         else:
             total += sum(x.numel() * x.element_size() for x in (layer.keys, layer.values) if x is not None)
@@ -141,7 +141,7 @@ def _time_once(model: Any, length: int, decode_tokens: int) -> tuple[float, floa
     gc.collect()
     ids = torch.arange(length, device=model.device)[None] * 7919 % model.config.get_text_config().vocab_size
     start = _now(model)
-    out = model(ids, use_cache=True, **host.last_logits(model))
+    out = model(ids, use_cache=True, **models.last_logits(model))
     prefill = _now(model) - start
     held = cache_bytes(out.past_key_values)
     cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)

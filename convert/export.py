@@ -26,6 +26,7 @@ from ..kernels.spec import Spec
 from .errors import AttnConvertError
 from .files import read_json, sha256_file, write_json, write_text
 from .hosts.transformers import NAME, Site, plan_block
+from .runs import DONE, KEY
 
 KERNELS = ("spec", "call", "features", "full", "window", "linear", "hybrid", "operators")
 HEADER = """# attnconvert {version}, https://github.com/attnconvert/attnconvert, Apache-2.0
@@ -80,7 +81,8 @@ def export(
     write_json(folder / "config.json", config)
     _write_runtime(folder, base)
     write_text(folder / "README.md", card)
-    sums = [f"{sha256_file(p)}  {p.name}" for p in sorted(folder.iterdir()) if p.is_file() and p.name != "SHA256SUMS"]
+    own = ("SHA256SUMS", KEY, DONE)  # not of the checkpoint: these say how far the stage is
+    sums = [f"{sha256_file(p)}  {p.name}" for p in sorted(folder.iterdir()) if p.is_file() and p.name not in own]
     write_text(folder / "SHA256SUMS", "\n".join(sums) + "\n")
 
 

@@ -114,7 +114,7 @@ def describe_model(source: ModelSource, track: Track) -> dict[str, Any]:
         Unsupported: nothing in it can be converted; the message names the module and why.
     """
     from ..kernels.spec import OPERATORS
-    from .hosts.transformers import find_sites
+    from .hosts.models import find_sites
     from .sources import fetch_model, load_model
 
     files = fetch_model(source, track=track)

@@ -20,8 +20,9 @@ from ..kernels import operators
 from ..kernels.call import Call, grouped, logits
 from ..kernels.spec import Full, Spec, Window, label, spec_to_dict
 from .files import read_json, write_json
-from .hosts import transformers as host
-from .hosts.transformers import Conversion, Replay, Site, SiteOperators
+from .hosts import models
+from .hosts.models import Replay
+from .hosts.transformers import Conversion, Site, SiteOperators
 from .text import Needles
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def _statistics(
 
     with installed.observe(observe):
         for ids in track(texts.split(1), "statistics"):
-            model(ids.to(model.device), use_cache=False, **host.last_logits(model))
+            model(ids.to(model.device), use_cache=False, **models.last_logits(model))
     tables = {name: means.table(name, sites) for name in ("entropy", "local_mass", "sink_mass")}
     return {"statistics": tables, "output_error": {name: means.table(name, sites) for name in names}}
 
@@ -207,7 +208,7 @@ def _retrieval(
     with installed.observe(observe):
         for n, ids in enumerate(track(needles.ids, "retrieval heads")):
             here.update(answer=needles.answer[n].to(model.device), needle=needles.needle[n].to(model.device))
-            model(ids[None].to(model.device), use_cache=False, **host.last_logits(model))
+            model(ids[None].to(model.device), use_cache=False, **models.last_logits(model))
     return means.table("retrieval", sites)
 
 
@@ -240,7 +241,7 @@ def _damage_of_case(
     at = torch.cat([torch.arange(STRIDE, int(answer[0]) - 1, STRIDE, device=ids.device), answer - 1])
     replay = Replay(model, sites)
     with replay.record():
-        want = host.logits_at(model, ids, at)[0].float().log_softmax(-1)
+        want = models.logits_at(model, ids, at)[0].float().log_softmax(-1)
     target = ids[0, answer]
     base = _answer_loss(want, target)
     rows = []
@@ -250,7 +251,7 @@ def _damage_of_case(
         conversion = Conversion(model, {s: specs if s == site else [Full()] * s.kv_heads for s in sites})
         try:
             with replay.start(n):
-                got = host.logits_at(model, ids, at)[0].float().log_softmax(-1)
+                got = models.logits_at(model, ids, at)[0].float().log_softmax(-1)
         finally:
             conversion.remove()
         rows.append({"kl": kl(want, got).mean().item(), "needle": _answer_loss(got, target) - base})

@@ -59,10 +59,10 @@ class Run:
             if (folder / RECIPE).exists():  # another process may have been here since
                 _refuse_other(recipe, folder)
             text = dump_recipe(recipe)
+            run = cls(folder, recipe)
+            run._describe(text)  # before the recipe: one without a manifest is a person's own
             if not (folder / RECIPE).exists() or (folder / RECIPE).read_text(encoding="utf-8") != text:
                 write_text(folder / RECIPE, text)
-            run = cls(folder, recipe)
-            run._describe(text)
         return run
 
     @classmethod
@@ -243,9 +243,11 @@ def _refuse_foreign(folder: Path) -> None:
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file, not a folder: use another --out")
     if (folder / RECIPE).exists():
+        if not (folder / MANIFEST).exists():  # a person's own, which would be written over
+            raise UsageError(f"{folder} holds a {RECIPE} but no run ({MANIFEST} is missing): use another --out")
         return
     for entry in folder.iterdir():
-        if entry.name != LOCK and not entry.name.startswith(PARTIAL):
+        if entry.name not in (LOCK, MANIFEST) and not entry.name.startswith(PARTIAL):
             raise UsageError(f"{folder} is not empty and is no run ({entry.name} is in it): use another --out")
 
 

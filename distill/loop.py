@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..convert.errors import AttnConvertError
 from ..convert.files import replacing, write_text
-from ..convert.hosts import transformers as host
+from ..convert.hosts import models
 from ..convert.hosts.transformers import Conversion, Site
 from ..convert.text import rng
 from ..kernels.spec import Full, Spec
@@ -124,8 +124,8 @@ def _lora(
 
     def step(ids: Tensor) -> dict[str, float]:
         with torch.no_grad(), conversion.teacher(), student.disable_adapter():
-            want = host.trunk(model)(ids, use_cache=False).last_hidden_state
-        got = host.trunk(model)(ids, use_cache=False).last_hidden_state
+            want = models.trunk(model)(ids, use_cache=False).last_hidden_state
+        got = models.trunk(model)(ids, use_cache=False).last_hidden_state
         loss = distillation(model, want, got, settings.logit_chunk)
         loss.backward()
         return {"loss": loss.item()}
@@ -177,7 +177,7 @@ def _adapter_config(model: Any, plan: Mapping[Site, Sequence[Spec]], settings: L
     names: list[str] = []
     for site, specs in plan.items():
         if any(spec != Full() for spec in specs):
-            names += host.linear_layers(model, site)
+            names += models.linear_layers(model, site)
     if settings.targets is not None:
         chosen = [n for n in names if n.rpartition(".")[2] in settings.targets]
         if not chosen:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..convert.hosts import transformers as host
+from ..convert.hosts import models
 from ..convert.hosts.transformers import Conversion, SiteOperators
 from ..kernels.call import Call
 
@@ -35,7 +35,7 @@ def attention_transfer(model: Any, conversion: Conversion, ids: Tensor) -> float
         return want
 
     with torch.no_grad(), conversion.observe(observe):
-        host.trunk(model)(ids, use_cache=False)
+        models.trunk(model)(ids, use_cache=False)
     return sum(losses) / max(1, len(losses))
 
 
@@ -54,6 +54,6 @@ def distillation(model: Any, teacher: Tensor, student: Tensor, chunk: int) -> Te
 
 def _kl_of(model: Any, teacher: Tensor, student: Tensor) -> Tensor:
     with torch.no_grad():
-        want = host.head(model, teacher).float().log_softmax(-1)
-    got = host.head(model, student).float().log_softmax(-1)
+        want = models.head(model, teacher).float().log_softmax(-1)
+    got = models.head(model, student).float().log_softmax(-1)
     return F.kl_div(got, want, log_target=True, reduction="sum")

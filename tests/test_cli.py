@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -253,10 +254,8 @@ class Stop:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException, calls: int = 0) -> None:
         module, _, name = where.rpartition(".")
-        holder: Any = sys.modules.get(module)
-        if holder is None:  # a class of a module
-            outer, _, inner = module.rpartition(".")
-            holder = getattr(sys.modules[outer], inner)
+        outer, _, inner = module.rpartition(".")
+        holder: Any = getattr(import_module(outer), inner) if inner[0].isupper() else import_module(module)
         real = getattr(holder, name)
 
         def limited(*arguments: Any, **settings: Any) -> Any:
@@ -348,6 +347,7 @@ def test_a_mistake_in_the_command_is_exit_code_2_and_one_line(attnconvert: Comma
         (["inspect", "package:nix"], "package:name==version:file"),
         (["run", "smollm2-135m-window", "--out", whole], "is a run of recipe 'tiny-window'"),
         (["run", place / "recipe.yaml", "--out", place / "model"], "is not empty and is no run"),
+        (["run", place / "recipe.yaml", "--out", place], "holds a recipe.yaml but no run"),
     ):
         ended = attnconvert(*arguments)
         assert (ended.code, ended.out) == (2, ""), arguments
@@ -402,9 +402,6 @@ def test_our_own_fault_is_exit_code_1_and_shows_its_trace_only_when_asked(
     attnconvert: Command, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["run", place / "recipe.yaml", "--out", tmp_path / "run"]
-    from attnconvert import pipeline
-
-    assert pipeline
     Stop(monkeypatch, "attnconvert.pipeline.profile", KeyError("layer"))
     ended = attnconvert(*command)
     assert ended.code == 1

@@ -6,7 +6,8 @@ import pytest
 import torch
 from models import tiny
 
-from attnconvert.convert.hosts.transformers import Conversion, find_sites
+from attnconvert.convert.hosts.models import find_sites
+from attnconvert.convert.hosts.transformers import Conversion
 from attnconvert.convert.progress import silent
 from attnconvert.convert.recipe import DistillSettings, SampleSettings
 from attnconvert.distill import loop

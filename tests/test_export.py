@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from attnconvert.convert import export as exporting
 from attnconvert.convert.export import VerificationFailed, export, flatten_imports, verify
 from attnconvert.convert.files import sha256_file
-from attnconvert.convert.hosts.transformers import Conversion, Unsupported, find_sites, plan_block, read_plan_block
+from attnconvert.convert.hosts.models import find_sites
+from attnconvert.convert.hosts.transformers import Conversion, Unsupported, plan_block, read_plan_block
 from attnconvert.kernels.operators import FILES
 from attnconvert.kernels.spec import Full, Hybrid, Linear, Window
 

@@ -6,8 +6,9 @@ from models import DECODERS, tiny
 from transformers import AutoConfig, AutoModelForMaskedLM, DynamicCache, StaticCache
 
 from attnconvert.convert.evaluation import cache_bytes, costs
-from attnconvert.convert.hosts import transformers as host
-from attnconvert.convert.hosts.transformers import Conversion, Unsupported, find_sites
+from attnconvert.convert.hosts import models as host
+from attnconvert.convert.hosts.models import find_sites
+from attnconvert.convert.hosts.transformers import NAME, Conversion, Unsupported
 from attnconvert.kernels.spec import Full, Hybrid, Linear, Window
 
 KINDS = [Full(), Window(size=8, sinks=2), Linear(), Hybrid(window=8, sinks=2)]
@@ -45,7 +46,7 @@ def test_all_heads_full_is_the_untouched_model(name):
     assert (got[1] - want[1])[mask.bool()].abs().max() <= 1e-6
     conversion.remove()
     assert torch.equal(model(ids, use_cache=False).logits, want[0])
-    assert not any(host.NAME in name for name in model.state_dict())
+    assert not any(NAME in name for name in model.state_dict())
 
 
 @torch.no_grad()

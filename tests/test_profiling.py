@@ -7,7 +7,8 @@ from models import tiny
 
 from attnconvert.convert import profiling
 from attnconvert.convert.files import read_json
-from attnconvert.convert.hosts.transformers import Conversion, find_sites
+from attnconvert.convert.hosts.models import find_sites
+from attnconvert.convert.hosts.transformers import Conversion
 from attnconvert.convert.profiling import Profile, profile
 from attnconvert.convert.progress import silent
 from attnconvert.convert.text import Needles

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
+
 from attnconvert.convert.errors import UsageError
 from attnconvert.convert.recipe import (
     Recipe,
@@ -22,7 +24,6 @@ from attnconvert.convert.recipe import (
     shipped_recipes,
 )
 from attnconvert.kernels.spec import Full, Hybrid, Linear, Window
-from pydantic import BaseModel
 
 SMALL = """\
 name: small

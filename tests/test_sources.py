@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from attnconvert.convert import packages
 from attnconvert.convert.errors import AssetMissing, PreflightError, UsageError
 from attnconvert.convert.integrity import check_weights

@@ -1,4 +1,4 @@
-"""transformers as a host: find the attention sites of a model, replace their operators, undo it, load it again.
+"""transformers as a host: replace the operators of a model's attention sites, undo it, load it again.
 
 Attention is intercepted where every architecture hands it over: transformers' AttentionInterface, after projection,
 norms and rotary embedding. A mask function keeps the 2-D padding mask, and a hook on each site swaps its cache layer
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,8 +20,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.pytorch_utils import Conv1D
 
 from ...kernels import operators
 from ...kernels.call import Call, map_state, state_bytes
@@ -276,7 +273,7 @@ class Conversion:
         self.sites: dict[str, SiteOperators] = {}
         self.hooks = []
         for site, specs in plan.items():
-            module = _submodule(model, site.name)
+            module = submodule(model, site.name)
             if NAME in module._modules:
                 raise ValueError(f"{site.name} is converted already: remove the first conversion")
             where = next((p for p in module.parameters(recurse=True)), None)
@@ -311,13 +308,13 @@ class Conversion:
         for hook in self.hooks:
             hook.remove()
         for name in self.sites:
-            del _submodule(self.model, name)._modules[NAME]
+            del submodule(self.model, name)._modules[NAME]
         self.installed = False
         self.model._is_stateful = self.was_stateful
         self.model.set_attn_implementation(self.before)
 
 
-def _submodule(model: nn.Module, name: str) -> nn.Module:
+def submodule(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
@@ -335,87 +332,6 @@ def _setting(objects: Any, attribute: str, value: Any) -> Iterator[None]:
     finally:
         for x, old in zip(objects, before, strict=True):
             setattr(x, attribute, old)
-
-
-@torch.no_grad()
-def find_sites(model: PreTrainedModel, tolerance: float = 1e-5) -> list[Site]:
-    """The sites of a model, found by running it: what calls the attention interface is a site.
-
-    The model then runs once with all of them full, and must give what its own eager attention gives.
-
-    Raises:
-        Unsupported: no attention reaches the interface, only some does, or something in it is not known here.
-    """
-    ids = torch.arange(1, 8, device=model.device)[None] % model.config.get_text_config().vocab_size
-    before = model.config._attn_implementation
-    seen: dict[nn.Module, tuple[Any, ...]] = {}
-
-    def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-        heads, kv_heads = query.shape[1], key.shape[1]
-        if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
-            raise Unsupported(
-                f"{type(module).__name__} is not causal: only causal language models are converted so far"
-            )
-        if query.shape[-1] != value.shape[-1]:
-            raise Unsupported(
-                f"{type(module).__name__}: keys of {query.shape[-1]} and values of {value.shape[-1]} differ"
-            )
-        seen[module] = (heads, kv_heads, query.shape[-1], kwargs.get("sliding_window"))
-        return query.new_zeros(query.shape).transpose(1, 2), None
-
-    AttentionInterface.register(f"{NAME}_probe", record)
-    AttentionMaskInterface.register(f"{NAME}_probe", lambda *a, **k: None)
-    try:
-        model.set_attn_implementation("eager")  # the definition: older sdpa paths leave out soft caps without a word
-        want = model(ids, use_cache=False).logits
-        model.set_attn_implementation(f"{NAME}_probe")
-        model(ids, use_cache=False)
-    except ValueError as error:
-        if isinstance(error, Unsupported):
-            raise
-        raise Unsupported(f"{type(model).__name__} refuses a registered attention function: {error}") from error
-    finally:
-        model.set_attn_implementation(before)
-    names = {module: name for name, module in model.named_modules()}
-    _refuse_missed(model, seen, names)
-    sites = []
-    for module, (heads, kv_heads, dim, limit) in seen.items():
-        index = getattr(module, "layer_idx", None)
-        if index is None:
-            raise Unsupported(f"{names[module]} has no layer index, so its cache cannot be found")
-        sites.append(Site(names[module], index, heads, kv_heads, dim, limit))
-    _check_full(model, sites, ids, want, tolerance)
-    return sorted(sites, key=lambda s: s.layer)
-
-
-def _refuse_missed(model: nn.Module, seen: Mapping[nn.Module, Any], names: Mapping[nn.Module, str]) -> None:
-    """A module that looks like attention and was not called would stay dense without a word."""
-    looks = [m for m in names if type(m).__name__.endswith("Attention") and not any(c in seen for c in m.modules())]
-    if not seen:
-        found = f" ({type(looks[0]).__name__} at {names[looks[0]]})" if looks else ""
-        raise Unsupported(
-            f"no attention of {type(model).__name__} goes through transformers' AttentionInterface{found}: "
-            "nothing can be converted"
-        )
-    if looks:
-        raise Unsupported(
-            f"{names[looks[0]]} ({type(looks[0]).__name__}) does not go through transformers' AttentionInterface"
-        )
-
-
-def _check_full(model: PreTrainedModel, sites: list[Site], ids: Tensor, want: Tensor, tolerance: float) -> None:
-    conversion = Conversion(model, {site: [Full()] * site.kv_heads for site in sites})
-    try:
-        got = model(ids, use_cache=False).logits
-    finally:
-        conversion.remove()
-    error = (got - want).abs().max().item() / max(want.abs().max().item(), 1e-6)
-    limit = max(tolerance, 8 * torch.finfo(want.dtype).eps)
-    if not error <= limit:
-        raise Unsupported(
-            f"{type(model).__name__}: attention with every head full differs from the untouched model by {error:.1e} "
-            f"(relative, limit {limit:.1e}); something in its attention is not known here"
-        )
 
 
 def plan_block(base: str, plan: Mapping[Site, Sequence[Spec]]) -> dict[str, Any]:
@@ -473,98 +389,3 @@ def converted_model(base: type[PreTrainedModel], config: type[PreTrainedConfig])
 
     Model.__name__ = Model.__qualname__ = f"Converted{base.__name__}"
     return Model
-
-
-class Replay:
-    """Runs a decoder from the middle: blocks before `start` hand back what they gave when `record` ran.
-
-    Damage of one layer then costs only the layers behind it. Works on any model whose sites sit in one ModuleList.
-    """
-
-    def __init__(self, model: PreTrainedModel, sites: Sequence[Site]) -> None:
-        self.blocks: list[nn.Module] = []
-        for site in sites:
-            path = site.name.split(".")
-            parents = [
-                n
-                for n in range(1, len(path))
-                if isinstance(model.get_submodule(".".join(path[: n - 1])), nn.ModuleList)
-            ]
-            if not parents:
-                raise Unsupported(f"{site.name} is not in a list of blocks, so the model cannot be run from its middle")
-            self.blocks.append(model.get_submodule(".".join(path[: parents[0]])))
-        if len(set(self.blocks)) < len(self.blocks):
-            raise Unsupported("two sites share one block: their damage cannot be told apart by running from the middle")
-        self.outputs: list[Any] = []
-
-    @contextlib.contextmanager
-    def record(self) -> Iterator[None]:
-        """Keep the output of every block for the pass inside."""
-        self.outputs = [None] * len(self.blocks)
-
-        def keep(index: int) -> Any:
-            return lambda module, args, output: self.outputs.__setitem__(index, output)
-
-        hooks = [block.register_forward_hook(keep(n)) for n, block in enumerate(self.blocks)]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    @contextlib.contextmanager
-    def start(self, index: int) -> Iterator[None]:
-        """Inside, blocks before `index` do no work."""
-
-        def answer(value: Any) -> Any:
-            return lambda *args, **kwargs: value
-
-        skipped = self.blocks[:index]
-        for block, value in zip(skipped, self.outputs, strict=False):
-            block.forward = answer(value)
-        try:
-            yield
-        finally:
-            for block in skipped:
-                del block.forward
-
-
-def logits_at(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor:
-    """Logits (B, P, V) at the positions (P,) of ids (B, S), without computing those of all others where possible."""
-    if "logits_to_keep" in inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters:
-        logits: Tensor = model(ids, use_cache=False, logits_to_keep=positions).logits
-        return logits
-    logits = model(ids, use_cache=False).logits
-    return logits[:, positions]
-
-
-def last_logits(model: PreTrainedModel) -> dict[str, int]:
-    """The argument with which a forward computes the logits of the last position only, where the model has one."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-
-
-def trunk(model: PreTrainedModel) -> nn.Module:
-    """The model without its head: ids → hidden states."""
-    inner: nn.Module = getattr(model, model.base_model_prefix)
-    return inner
-
-
-def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits (B, P, V) of hidden states (B, P, C), with the scale or cap that the model has behind its head."""
-    inner = trunk(model)
-    inner.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
-    try:
-        logits: Tensor = model(inputs_embeds=hidden, use_cache=False).logits
-        return logits
-    finally:
-        del inner.forward
-
-
-def linear_layers(model: PreTrainedModel, site: Site) -> dict[str, nn.Module]:
-    """The projections of a site by full name: nn.Linear, and GPT-2's Conv1D, which is one transposed."""
-    module = _submodule(model, site.name)
-    return {
-        f"{site.name}.{name}": child
-        for name, child in module.named_modules()
-        if isinstance(child, nn.Linear | Conv1D) and not name.startswith(f"{NAME}.")
-    }
