@@ -241,7 +241,7 @@ def load_model(files: ModelFiles, source: ModelSource) -> tuple[Any, Any]:
 
 def _check_complete(info: dict[str, Any], where: Path) -> None:
     """transformers fills tensors that are absent or of another shape with random numbers, and only warns."""
-    for name, found, wanted in info["mismatched_keys"]:
+    for name, found, wanted in sorted(info["mismatched_keys"]):
         raise AssetMissing(f"{where} does not fit its config: {name} has shape {[*found]}, not {[*wanted]}; {AGAIN}")
     missing = sorted(info["missing_keys"])
     if missing:
