@@ -117,7 +117,11 @@ def profile_stage(work: Work) -> None:
             damage=settings.damage,
             folder=folder,
             track=work.track,
-            data={"text": _described(work.calibration), **settings.model_dump(mode="json", exclude={"candidates"})},
+            data={
+                "model": type(work.model).__name__,
+                "text": _described(work.calibration),
+                **settings.model_dump(mode="json", exclude={"candidates"}),
+            },
         )
         write_json(folder / PROFILE, found.to_json())
 
@@ -129,7 +133,7 @@ def select_stage(work: Work) -> None:
         arms: dict[str, Any] = {}
         wanted = {STUDENT: work.recipe.select} | {arm.name: arm.select for arm in work.recipe.compare}
         for name, settings in wanted.items():
-            chosen = select(measured, settings, work.recipe.name)
+            chosen = select(measured, settings, measured.data["model"])
             arms[name] = chosen.to_json()
             write_plan(work.run.plan if name == STUDENT else folder / f"{name}.yaml", chosen.plan)
         write_json(folder / SELECT, {"schema": 1, "arms": arms})
@@ -202,7 +206,7 @@ def _evaluate(work: Work, arms: Sequence[str], load: Callable[[str], Any], kept:
     for arm in arms:
         plan = plans[arm].for_sites(work.sites)
         costs = {n: evaluation.costs(plan, n, element) for n in lengths}
-        entry = once(arm, lambda arm=arm: measure(arm))  # type: ignore[misc]
+        entry = once(f"arm-{arm}", lambda arm=arm: measure(arm))  # type: ignore[misc]
         for length, quality in entry["quality"].items():
             teacher["quality"][length] = {"perplexity": quality["teacher_perplexity"]}
         result[arm] = entry | {
@@ -244,9 +248,7 @@ def export_stage(work: Work) -> None:
     with work.run.stage("export") as folder:
         student = work.student(STUDENT)
         plan = read_plan(work.run.plan).for_sites(work.sites)
-        measured = work.run.folder("evaluate") / EVALUATION
-        found = read_json(measured) if work.run.is_done("evaluate") else None
-        card = model_card(work.recipe, work.run.manifest(), type(student).__name__, found)
+        card = model_card(work.recipe, work.run.manifest(), type(student).__name__, evaluation_of(work.run))
         export(student, work.tokenizer, plan, folder, card, work.recipe.export.dtype)
         if work.recipe.export.verify:
             checked = verify(student, folder)

@@ -21,7 +21,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "sample": (),
     "distill": ("select", "sample"),
     "evaluate": ("distill",),
-    "export": ("distill",),
+    "export": ("evaluate",),  # the card tells what was measured
 }
 # Gates are in none: a bound judges a result, it does not change it.
 SECTIONS: dict[str, tuple[str, ...]] = {

@@ -104,6 +104,9 @@ class SelectSettings(Section):
                 yield (name,), "has no meaning with method explicit, which lists the layers and their operators"
 
 
+RESERVED = ("student", "teacher", "key", "done.json")  # arms have folders of their names beside these files
+
+
 class Arm(Section):
     """Another plan to distill and evaluate beside the one that is exported."""
 
@@ -231,9 +234,9 @@ class Recipe(Section):
         for where, select in [(("select",), fields.get("select")), *_arm_selections(compare)]:
             if select and "profile" in fields:
                 yield from _unmeasured(where, select, fields["profile"])
-        names = ["student", "teacher", *(arm.name for arm in compare)]
+        names = [*RESERVED, *(arm.name for arm in compare)]
         for index, arm in enumerate(compare):
-            if arm.name in names[: index + 2]:
+            if arm.name in names[: index + len(RESERVED)]:
                 yield ("compare", index, "name"), f"{arm.name!r} is taken; give each arm a name of its own"
             if arm.distill and "distill" in fields and not (fields["distill"].lora or fields["distill"].transfer):
                 yield ("compare", index, "distill"), "nothing to train with: distill.transfer and distill.lora are null"

@@ -123,11 +123,12 @@ def _by_damage(profile: Profile, settings: SelectSettings) -> tuple[dict[Group, 
 
 
 def _reason(profile: Profile, settings: SelectSettings, group: Group, spec: Spec, wanted: Sequence[Spec]) -> str:
-    shown = spec if spec != Full() else wanted[0]
+    measured = [(d, w) for w in wanted if (d := _damage(profile, group, w, settings.needle_weight)) is not None]
+    if not measured:
+        return "kept full: no candidate applies to this layer"
+    shown = spec if spec != Full() else min(measured, key=lambda pair: pair[0])[1]
     table = profile.damage[label(shown)]
     kl, needle = (table[m][group[0]][group[1]] for m in ("kl", "needle"))
-    if kl is None:
-        return "kept full: no candidate applies to this layer"
     score = retrieval_score(profile, group)
     what = f"{label(shown)} costs KL {kl:.4f} and needle loss {needle:+.3f}; retrieval {score:.2f}"
     return f"{'kept full' if spec == Full() else 'converted'}: {what}"
