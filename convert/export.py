@@ -120,20 +120,20 @@ CHECK = """
 import json, sys
 import torch
 from safetensors.torch import load_file, save_file
-folder, where, trust = sys.argv[1], sys.argv[2], sys.argv[3] == "remote"
+folder, where, trust, device = sys.argv[1], sys.argv[2], sys.argv[3] == "remote", sys.argv[4]
 if trust:
     sys.modules["attnconvert"] = None  # as if it were not installed
 else:
     import attnconvert
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust).eval()
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust).eval().to(device)
 AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-ids = load_file(where + "/expected.safetensors")["ids"]
+ids = load_file(where + "/expected.safetensors")["ids"].to(device)
 with torch.no_grad():
     logits = model(ids, use_cache=False).logits
     generated = model.generate(ids[:, :16], attention_mask=torch.ones_like(ids[:, :16]), max_new_tokens=16,
                                do_sample=False, eos_token_id=None, pad_token_id=0)
-save_file({"logits": logits, "generated": generated}, where + "/found.safetensors")
+save_file({"logits": logits.cpu(), "generated": generated.cpu()}, where + "/found.safetensors")
 print(json.dumps({"class": type(model).__name__, "attention": model.config._attn_implementation}))
 """
 
@@ -155,7 +155,7 @@ def verify(student: Any, folder: Path) -> dict[str, Any]:
     for way in ("remote", "installed"):
         with tempfile.TemporaryDirectory() as where:
             save_file({"ids": ids.cpu()}, f"{where}/expected.safetensors")
-            found = _load_elsewhere(folder, where, way)
+            found = _load_elsewhere(folder, where, way, str(student.device))
             tensors = load_file(f"{where}/found.safetensors")
         error = (tensors["logits"].float() - logits.float()).abs().max().item() / logits.float().abs().max().item()
         same = torch.equal(tensors["generated"], generated)
@@ -168,10 +168,10 @@ def verify(student: Any, folder: Path) -> dict[str, Any]:
     return result
 
 
-def _load_elsewhere(folder: Path, where: str, way: str) -> dict[str, Any]:
+def _load_elsewhere(folder: Path, where: str, way: str, device: str) -> dict[str, Any]:
     environment = os.environ | {"HF_MODULES_CACHE": f"{where}/modules", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", CHECK, str(folder.resolve()), where, way],
+        [sys.executable, "-c", CHECK, str(folder.resolve()), where, way, device],
         capture_output=True,
         text=True,
         env=environment,

@@ -163,9 +163,7 @@ def _statistics(
     means = _Means()
     window = next((s.size for s in names.values() if isinstance(s, Window)), 128)
     learned = {
-        (name, site.name): operators.of(spec).parameters(spec, site.heads, site.kv_heads, site.dim)
-        for name, spec in names.items()
-        for site in sites
+        (name, site.name): _untrained(spec, site, model.device) for name, spec in names.items() for site in sites
     }
 
     def observe(site: SiteOperators, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
@@ -190,6 +188,12 @@ def _statistics(
             model(ids.to(model.device), use_cache=False, **models.last_logits(model))
     tables = {name: means.table(name, sites) for name in ("entropy", "local_mass", "sink_mass")}
     return {"statistics": tables, "output_error": {name: means.table(name, sites) for name in names}}
+
+
+def _untrained(spec: Spec, site: Site, device: Any) -> Any:
+    """What an operator learns, as it starts."""
+    learned = operators.of(spec).parameters(spec, site.heads, site.kv_heads, site.dim)
+    return None if learned is None else learned.to(device)
 
 
 def _retrieval(

@@ -106,7 +106,7 @@ def _stages(run: Artefacts) -> str:
     note = ""
     if old:
         names = ", ".join(old)
-        told = f"{names} ran with other settings than the recipe has now; its figures stay until it runs again."
+        told = f"{names} ran with other settings than the recipe has now; the figures stay until it runs again."
         note = _verdict("bad", "Out of date:", told)
     return f'<ol class="stages">{"".join(items)}</ol>{note}'
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import importlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ __all__ = [
     "read_texts",
     "refuse_overlap",
 ]
+
+log = logging.getLogger("attnconvert")
 
 UNKNOWN_KIND = re.compile(
     r"Unrecognized (configuration class|model)|does not recognize this architecture"
@@ -236,7 +239,9 @@ def load_model(files: ModelFiles, source: ModelSource) -> tuple[Any, Any]:
     with _explained(files, "tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, **options)
     _forget_quantization(model)
-    return model.eval(), tokenizer
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES= keeps it off the GPU
+    log.info("%s is on %s", files.name, device)
+    return model.eval().to(device), tokenizer
 
 
 def _check_complete(info: dict[str, Any], where: Path) -> None:

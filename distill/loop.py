@@ -275,7 +275,8 @@ class Trainer:
                 p.copy_(tensors[f"parameter.{name}"])
         for name, p in self.learned.items():
             keys = [k for k in tensors if k.startswith("optimizer.") and k.split(".", 2)[2] == name]
-            self.optimizer.state[p] = {k.split(".", 2)[1]: tensors[k] for k in keys}
+            moments = {k.split(".", 2)[1]: tensors[k] for k in keys}
+            self.optimizer.state[p] = {k: x if k == "step" else x.to(p.device) for k, x in moments.items()}
         self._cut_log(step)
         return step
 

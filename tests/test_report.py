@@ -233,7 +233,7 @@ def test_the_top_says_which_gate_was_missed_and_what_was_gained(tmp_path: Path) 
 def test_figures_of_other_settings_are_called_out_of_date(tmp_path: Path) -> None:
     run_until(tmp_path, "export")
     run = Run.create(parse_recipe(RECIPE, "recipe.yaml", ["evaluate.sequences=3"]), tmp_path)
-    assert "evaluate ran with other settings than the recipe has now" in read(write_report(run.path)).words
+    assert "evaluate, export ran with other settings than the recipe has now" in read(write_report(run.path)).words
 
 
 def test_damaged_artefacts_are_left_out(tmp_path: Path) -> None:

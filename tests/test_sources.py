@@ -225,7 +225,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "no language model": (edit_config(model_type="vit"), UsageError, "no causal .*ViTConfig"),
     "config of the wrong type": (edit_config(num_attention_heads="x"), AssetMissing, "num_attention_heads"),
     "config of a larger model": (edit_config(num_hidden_layers=3), AssetMissing, "lacks 9 of the model's tensors"),
-    "config of another shape": (edit_config(vocab_size=8), AssetMissing, r"embed_tokens.weight has shape \[16, 32\]"),
+    "config of another shape": (
+        edit_config(vocab_size=8),
+        AssetMissing,
+        r"(embed_tokens|lm_head).weight has shape \[16, 32\]",
+    ),
     "untrusted code": (
         edit_config(model_type="x", auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}),
         UsageError,
