@@ -81,6 +81,18 @@ class Work:
     def needles(self, settings: NeedleSettings, documents: Sequence[Document], seed: int) -> Needles:
         return needles(self.tokenizer, documents, settings.template, settings.cases, settings.length, seed)
 
+    def check_heldout(self) -> None:
+        """Whether evaluation will have the text it needs: better said now than after hours of training.
+
+        Raises:
+            UsageError: it is too short, or overlaps the calibration text.
+        """
+        settings = self.recipe.evaluate
+        refuse_overlap(self.calibration, self.heldout)
+        for length in settings.lengths:
+            sequences(self.tokenizer, self.heldout, settings.sequences, length, settings.seed)
+        self.needles(settings.needles, self.heldout, settings.seed)
+
     def plans(self) -> dict[str, Plan]:
         """The plan of every arm, the student's first."""
         folder = self.run.folder("select")
@@ -106,6 +118,7 @@ class Work:
 def profile_stage(work: Work) -> None:
     """profile/profile.json"""
     settings = work.recipe.profile
+    work.check_heldout()
     with work.run.stage("profile") as folder:
         found = profile(
             work.model,
@@ -119,6 +132,7 @@ def profile_stage(work: Work) -> None:
             track=work.track,
             data={
                 "model": type(work.model).__name__,
+                "element": work.model.dtype.itemsize,
                 "text": _described(work.calibration),
                 **settings.model_dump(mode="json", exclude={"candidates"}),
             },

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from .. import __version__
 from ..kernels.spec import Spec
 from .errors import AttnConvertError
 from .files import read_json, sha256_file, write_json, write_text
-from .hosts.transformers import NAME, Site, plan_block
+from .hosts.transformers import NAME, Site, SiteOperators, plan_block
 from .runs import DONE, KEY
 
 KERNELS = ("spec", "call", "features", "full", "window", "linear", "hybrid", "operators")
@@ -125,16 +126,26 @@ if trust:
     sys.modules["attnconvert"] = None  # as if it were not installed
 else:
     import attnconvert
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust).eval().to(device)
 AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
 ids = load_file(where + "/expected.safetensors")["ids"].to(device)
-with torch.no_grad():
-    logits = model(ids, use_cache=False).logits
-    generated = model.generate(ids[:, :16], attention_mask=torch.ones_like(ids[:, :16]), max_new_tokens=16,
-                               do_sample=False, eos_token_id=None, pad_token_id=0)
-save_file({"logits": logits.cpu(), "generated": generated.cpu()}, where + "/found.safetensors")
+{probe}
+save_file({key: value.cpu() for key, value in results.items()}, where + "/found.safetensors")
 print(json.dumps({"class": type(model).__name__, "attention": model.config._attn_implementation}))
+"""
+PROBE = """
+with torch.no_grad():
+    half = ids.shape[1] // 2
+    settings = GenerationConfig(max_new_tokens=16, do_sample=False, pad_token_id=0)
+    mask = torch.ones_like(ids[:, :half]).repeat(2, 1)
+    mask[0, :5] = 0  # one row of the batch has padding before it
+    cache = model(ids[:, :half], use_cache=True).past_key_values
+    results = {
+        "uncached": model(ids, use_cache=False).logits,
+        "continued": model(ids[:, half:], past_key_values=cache, use_cache=True).logits,
+        "generated": model.generate(ids[:, :half].repeat(2, 1), attention_mask=mask, generation_config=settings),
+    }
 """
 
 
@@ -142,36 +153,49 @@ print(json.dumps({"class": type(model).__name__, "attention": model.config._attn
 def verify(student: Any, folder: Path) -> dict[str, Any]:
     """Load the folder in two clean processes, by remote code and by `import attnconvert`, and compare with the student.
 
+    Compared are logits without a cache, logits of a second chunk with one, and greedy tokens of a left-padded batch,
+    all longer than the plan's windows where the model allows it.
+
     Raises:
-        VerificationFailed: it does not load, or logits or greedy tokens differ.
+        VerificationFailed: it does not load, or logits or tokens differ.
     """
-    vocabulary = student.config.get_text_config().vocab_size
-    ids = (torch.arange(1, 301)[None] * 7919 % vocabulary).to(student.device)
-    logits = student(ids, use_cache=False).logits.cpu()
-    start = ids[:, :16]
-    settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    generated = student.generate(start, attention_mask=torch.ones_like(start), **settings).cpu()
+    config = student.config.get_text_config()
+    windows = [getattr(s, "size", getattr(s, "window", 0)) for _, s in _operators(student)]
+    length = min(max(300, 2 * max(windows, default=0) + 100), config.max_position_embeddings - 16)
+    ids = (torch.arange(1, length + 1)[None] * 7919 % config.vocab_size).to(student.device)
+    names: dict[str, Any] = {"torch": torch, "model": student, "ids": ids, "GenerationConfig": GenerationConfig}
+    exec(PROBE, names)  # the same lines as in the clean process
+    here: dict[str, torch.Tensor] = {key: value.cpu() for key, value in names["results"].items()}
     result: dict[str, Any] = {}
     for way in ("remote", "installed"):
         with tempfile.TemporaryDirectory() as where:
             save_file({"ids": ids.cpu()}, f"{where}/expected.safetensors")
             found = _load_elsewhere(folder, where, way, str(student.device))
-            tensors = load_file(f"{where}/found.safetensors")
-        error = (tensors["logits"].float() - logits.float()).abs().max().item() / logits.float().abs().max().item()
-        same = torch.equal(tensors["generated"], generated)
-        result[way] = {**found, "logits_error": error, "generation_equal": same}
-        if not error <= 8 * torch.finfo(logits.dtype).eps or not same:
+            there = load_file(f"{where}/found.safetensors")
+        errors = [_relative_error(there[key], here[key]) for key in ("uncached", "continued")]
+        same = torch.equal(there["generated"], here["generated"])
+        result[way] = {**found, "tokens": length, "logits_error": max(errors), "generation_equal": same}
+        if not max(errors) <= 8 * torch.finfo(here["uncached"].dtype).eps or not same:
             raise VerificationFailed(
-                f"{folder} loaded in a clean process ({way}) gives other results: relative logit error {error:.2e}, "
-                f"generation {'equal' if same else 'different'}"
+                f"{folder} loaded in a clean process ({way}) gives other results: relative logit error "
+                f"{max(errors):.2e}, generation {'equal' if same else 'different'}"
             )
     return result
+
+
+def _operators(student: Any) -> list[tuple[str, Spec]]:
+    sites = [m for m in student.modules() if isinstance(m, SiteOperators)]
+    return [(site.site.name, spec) for site in sites for spec in site.specs]
+
+
+def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
 
 
 def _load_elsewhere(folder: Path, where: str, way: str, device: str) -> dict[str, Any]:
     environment = os.environ | {"HF_MODULES_CACHE": f"{where}/modules", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", CHECK, str(folder.resolve()), where, way, device],
+        [sys.executable, "-c", CHECK.replace("{probe}", PROBE), str(folder.resolve()), where, way, device],
         capture_output=True,
         text=True,
         env=environment,

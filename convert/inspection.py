@@ -115,13 +115,14 @@ def describe_model(source: ModelSource, track: Track) -> dict[str, Any]:
     """
     from ..kernels.spec import OPERATORS
     from .hosts.models import find_sites
+    from .hosts.transformers import refusal
     from .sources import fetch_model, load_model
 
     files = fetch_model(source, track=track)
     model, _ = load_model(files, source)
     sites = []
     for site in find_sites(model):
-        fitting = [name for name in OPERATORS if site.limit is None or name in ("full", "window")]
+        fitting = [name for name, spec in OPERATORS.items() if refusal(site, spec()) is None]
         sites.append(
             {
                 "name": site.name,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import glob
 import hashlib
 import json
 from collections.abc import Mapping
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from .files import sha256_file
 
 STAGES = ("profile", "select", "sample", "distill", "evaluate", "export")
 
@@ -58,11 +62,27 @@ def upstream(stage: str) -> tuple[str, ...]:
     return tuple(name for name in STAGES if name in needed)
 
 
+@functools.lru_cache(maxsize=4096)
+def _file_hash(path: str, size: int, modified: int) -> str:
+    """Of a file's content; size and time of change are there so that a changed file is read again."""
+    return sha256_file(Path(path))
+
+
+def _contents(value: Any) -> Any:
+    """A text section with the hashes of its files beside their names: editing a text makes old what was made of it."""
+    patterns = value.get("files") if isinstance(value, Mapping) else None
+    if not patterns:
+        return value
+    found = sorted({name for pattern in patterns for name in glob.glob(pattern, recursive=True)})  # noqa: PTH207
+    files = [(name, Path(name).stat()) for name in found if Path(name).is_file()]
+    return {**value, "contents": {name: _file_hash(name, s.st_size, s.st_mtime_ns) for name, s in files}}
+
+
 def _section(recipe: Mapping[str, Any], dotted: str) -> Any:
     value: Any = recipe
     for name in dotted.split("."):
         value = value[name]
-    return value
+    return _contents(value) if dotted.startswith("text.") else value
 
 
 def _plan_hash(path: Path) -> str | None:

@@ -13,6 +13,7 @@ import yaml
 from ..kernels.spec import Full, Spec, label, spec_from_dict, spec_to_dict
 from .errors import UsageError
 from .files import write_text
+from .hosts.transformers import Site, refusal
 
 FORMAT = 1
 
@@ -34,11 +35,11 @@ class Plan:
         """KV groups per operator label."""
         return dict(Counter(label(s) for groups in self.groups.values() for s in groups))
 
-    def for_sites(self, sites: Sequence[Any]) -> dict[Any, list[Spec]]:
+    def for_sites(self, sites: Sequence[Site]) -> dict[Site, list[Spec]]:
         """Operators of every site of a model.
 
         Raises:
-            UsageError: the plan names a site that the model does not have, or another number of groups.
+            UsageError: a site that the model does not have, another number of groups, an operator that does not fit.
         """
         known = {site.name: site for site in sites}
         for name, specs in self.groups.items():
@@ -50,6 +51,9 @@ class Plan:
                 raise UsageError(
                     f"the plan gives {len(specs)} operators to {name}, which has {known[name].kv_heads} KV groups"
                 )
+            for spec in specs:
+                if reason := refusal(known[name], spec):
+                    raise UsageError(f"the plan does not fit: {reason}")
         return {site: list(self.groups.get(site.name, (Full(),) * site.kv_heads)) for site in sites}
 
 
@@ -79,9 +83,11 @@ def read_plan(path: Path) -> Plan:
         UsageError: it is missing, no YAML, or no plan; the message names the place.
     """
     try:
-        given = yaml.safe_load(path.read_text())
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no plan here; run `attnconvert select` first") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as text: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
@@ -90,19 +96,28 @@ def read_plan(path: Path) -> Plan:
         raise UsageError(
             f"{path}: this is no plan of format {FORMAT}: it needs the keys attnconvert, model, operators, sites"
         )
-    specs: dict[str, Spec] = {}
-    for name, spec in (given.get("operators") or {}).items():
+    specs = {"full": Full(), **_operators(path, given.get("operators") or {})}
+    return Plan(str(given.get("model")), {site: _groups(path, site, x, specs) for site, x in given["sites"].items()})
+
+
+def _operators(path: Path, given: Any) -> dict[str, Spec]:
+    if not isinstance(given, dict):
+        raise UsageError(f"{path}: operators: give a mapping from label to operator, not {given!r}")
+    specs = {}
+    for name, spec in given.items():
+        if not isinstance(spec, dict):
+            raise UsageError(f"{path}: operators.{name}: give a mapping such as {{operator: window}}, not {spec!r}")
         try:
             specs[name] = spec_from_dict(spec)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise UsageError(f"{path}: operators.{name}: {error}") from None
-    specs.setdefault("full", Full())
-    groups = {}
-    for site, labels in given["sites"].items():
-        unknown = [x for x in labels if x not in specs]
-        if unknown:
-            raise UsageError(
-                f"{path}: sites.{site}: {unknown[0]!r} is not among the plan's operators: {', '.join(specs)}"
-            )
-        groups[site] = tuple(specs[x] for x in labels)
-    return Plan(str(given.get("model")), groups)
+    return specs
+
+
+def _groups(path: Path, site: Any, given: Any, specs: Mapping[str, Spec]) -> tuple[Spec, ...]:
+    if not isinstance(given, list) or not all(isinstance(x, str) for x in given):
+        raise UsageError(f"{path}: sites.{site}: give a list of labels, one per KV group, not {given!r}")
+    unknown = [x for x in given if x not in specs]
+    if unknown:
+        raise UsageError(f"{path}: sites.{site}: {unknown[0]!r} is not among the plan's operators: {', '.join(specs)}")
+    return tuple(specs[x] for x in given)

@@ -22,7 +22,7 @@ from ..kernels.spec import Full, Spec, Window, label, spec_to_dict
 from .files import read_json, write_json
 from .hosts import models
 from .hosts.models import Replay
-from .hosts.transformers import Conversion, Site, SiteOperators
+from .hosts.transformers import Conversion, Site, SiteOperators, refusal
 from .text import Needles
 
 if TYPE_CHECKING:
@@ -148,7 +148,11 @@ def probabilities(q: Tensor, k: Tensor, call: Call, at: Tensor) -> Tensor:
     allowed = i <= at[:, None]
     if call.limit is not None:
         allowed = allowed & (i > at[:, None] - call.limit)
-    return s.masked_fill(~allowed, -torch.inf).softmax(-1)
+    s = s.masked_fill(~allowed, -torch.inf)
+    if call.sink_logits is None:
+        return s.softmax(-1)
+    sink = call.sink_logits.to(s.dtype).view(1, -1, 1, 1).expand(*s.shape[:3], 1)  # takes part, and has no value
+    return torch.cat([s, sink], -1).softmax(-1)[..., :-1]
 
 
 def _statistics(
@@ -177,7 +181,7 @@ def _statistics(
         o, _ = operators.attend(Full(), q, k, v, call)
         power = o.float().square().sum(-1).mean((0, 2))  # (H,)
         for label_, spec in names.items():
-            if call.limit is not None and not isinstance(spec, Full | Window):
+            if refusal(site.site, spec):
                 continue
             got, _ = operators.attend(spec, q, k, v, call, None, learned[label_, name])
             means.add(label_, name, (got - o).float().square().sum(-1).mean((0, 2)) / power.clamp_min(1e-20))
@@ -221,7 +225,7 @@ def _damage(
 ) -> dict[str, Any]:
     """KL and needle loss of every single replacement, a case at a time; a finished case is never measured again."""
     jobs = [(name, n, g) for n, site in enumerate(sites) for name in names for g in range(site.kv_heads)]
-    jobs = [j for j in jobs if sites[j[1]].limit is None or isinstance(names[j[0]], Full | Window)]
+    jobs = [(name, n, g) for name, n, g in jobs if refusal(sites[n], names[name]) is None]
     cases = []
     for case, ids in enumerate(needles.ids):
         path = folder / f"damage-{case:03d}.json"

@@ -18,6 +18,7 @@ from ..kernels import operators
 from ..kernels.call import Shape
 from ..kernels.spec import Full, Spec, Window, label
 from .errors import UsageError
+from .hosts.transformers import refusal
 from .plan import Plan
 from .profiling import Profile
 from .text import rng
@@ -113,7 +114,7 @@ def _by_damage(profile: Profile, settings: SelectSettings) -> tuple[dict[Group, 
             continue
         for spec in wanted:
             damage = _damage(profile, group, spec, settings.needle_weight)
-            if damage is not None:
+            if damage is not None and refusal(profile.sites[group[0]], spec) is None:
                 options.append((group, spec, damage))
     taken = _solve(profile, settings, groups, options)
     chosen = {group: spec for (group, spec, _), take in zip(options, taken, strict=True) if take}
@@ -193,7 +194,7 @@ def _tie_layers(groups: Sequence[Group], options: Sequence[tuple[Group, Spec, fl
 
 def _state_bytes(profile: Profile, group: Group, spec: Spec, length: int) -> float:
     site = profile.sites[group[0]]
-    shape = Shape(queries=site.heads // site.kv_heads, dim=site.dim)
+    shape = Shape(queries=site.heads // site.kv_heads, dim=site.dim, element=profile.data.get("element", 2))
     if spec == Full() and site.limit is not None:
         spec = Window(size=site.limit, sinks=0)
     return operators.of(spec).state_size(spec, shape, length)
@@ -201,12 +202,13 @@ def _state_bytes(profile: Profile, group: Group, spec: Spec, length: int) -> flo
 
 def _spread(profile: Profile, settings: SelectSettings) -> tuple[dict[Group, Spec], dict[Group, str]]:
     """Evenly spaced or random groups or layers, as many as the budget needs."""
+    spec = settings.operator or next(iter(profile.candidates.values()))
     units = _groups(profile) if settings.unit == "group" else [(n, -1) for n in range(len(profile.sites))]
+    units = [unit for unit in units if refusal(profile.sites[unit[0]], spec) is None]
     if settings.method == "random":
         shuffled = torch.randperm(len(units), generator=rng("select", settings.seed)).tolist()
     else:  # evenly spaced at every prefix: van der Corput order
         shuffled = np.argsort([int(f"{i:032b}"[::-1], 2) for i in range(len(units))], kind="stable").tolist()
-    spec = settings.operator or next(iter(profile.candidates.values()))
     chosen: dict[Group, Spec] = {}
     for count in range(len(units) + 1):
         if _budget_met(profile, settings, chosen, count):
@@ -243,5 +245,7 @@ def _explicit(profile: Profile, settings: SelectSettings) -> tuple[dict[Group, S
                     f"select.explicit names layer {layer}, but the model has layers {min(layers)}–{max(layers)}"
                 )
             n = layers[layer]
+            if reason := refusal(profile.sites[n], spec):
+                raise UsageError(f"select.explicit: {reason}")
             chosen.update({(n, g): spec for g in range(profile.sites[n].kv_heads)})
     return chosen, dict.fromkeys(chosen, "converted: named in the recipe")

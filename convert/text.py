@@ -65,16 +65,24 @@ def tokenize(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
+def opening(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text, such as a beginning-of-sequence token; models expect it there."""
+    ids: list[int] = tokenizer("a")["input_ids"]
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return [bos] if bos is not None and ids[:1] == [bos] else []
+
+
 def sequences(tokenizer: Any, documents: Sequence[Any], count: int, length: int, seed: int) -> Tensor:
     """`count` sequences of `length` tokens, each from one document, none overlapping, drawn with `seed`. → (n, S)
 
     Raises:
         UsageError: the documents are too short for that many.
     """
-    pieces = []
+    pieces, start = [], opening(tokenizer)
+    body = length - len(start)
     for document in documents:
         ids = tokenize(tokenizer, document.text)
-        pieces += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        pieces += [start + ids[i : i + body] for i in range(0, len(ids) - body + 1, body)]
     if len(pieces) < count:
         raise UsageError(
             f"the text holds {len(pieces)} sequences of {length} tokens but {count} are asked for: "
@@ -102,7 +110,8 @@ def needles(tokenizer: Any, documents: Sequence[Any], template: str, cases: int,
             raise UsageError(
                 f"needle cases of {length} tokens leave no text around the needle: use at least {length + 16 - room}"
             )
-        depth = round((case + 0.5) / cases * room)
+        first = len(opening(tokenizer))
+        depth = first + round((case + 0.5) / cases * (room - first))
         text = hay[case].tolist()
         needle = [token for part in parts for token in part]
         row = text[:depth] + needle + text[depth:room] + question + answer

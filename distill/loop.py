@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..convert.errors import AttnConvertError
+from ..convert.errors import AttnConvertError, UsageError
 from ..convert.files import replacing, write_text
 from ..convert.hosts import models
 from ..convert.hosts.transformers import Conversion, Site
@@ -54,21 +54,26 @@ def distill(
         samples: (n, S) token sequences of the teacher.
     """
     torch.manual_seed(settings.seed)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # the student is to match the teacher, not a noisy version of it
+    dropouts = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for module in dropouts:
+        module.p = 0.0  # the student is to match the teacher, not a noisy version of it
     model.requires_grad_(False)
     conversion = Conversion(model, plan)
     learned = conversion.learned()
     try:
         if settings.transfer and settings.transfer.steps and learned:
             _transfer(model, conversion, samples, settings.transfer, settings.seed, folder, track)
-        if settings.lora:
+        if settings.lora and any(spec != Full() for specs in plan.values() for spec in specs):
             _lora(model, conversion, plan, samples, settings.lora, settings.seed, folder, track)
         with replacing(folder / OPERATORS) as temporary:
             save_file({name: p.detach().contiguous() for name, p in learned.items()}, temporary)
     finally:
         conversion.remove()
+        for p in trained:
+            p.requires_grad_(True)
+        for module, rate in dropouts.items():
+            module.p = rate
 
 
 def _transfer(
@@ -84,7 +89,7 @@ def _transfer(
     for p in learned.values():
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(list(learned.values()), lr=settings.lr, weight_decay=0.0)
-    trainer = Trainer("transfer", learned, optimizer, settings.lr, settings.steps, 0.0, 1.0, settings.steps, folder)
+    trainer = Trainer("transfer", learned, optimizer, settings.lr, settings.steps, 0.0, 1.0, 20, folder)
 
     def step(ids: Tensor) -> dict[str, float]:
         return {"loss": attention_transfer(model, conversion, ids)}
@@ -182,7 +187,7 @@ def _adapter_config(model: Any, plan: Mapping[Site, Sequence[Spec]], settings: L
         chosen = [n for n in names if n.rpartition(".")[2] in settings.targets]
         if not chosen:
             known = sorted({n.rpartition(".")[2] for n in names})
-            raise AttnConvertError(f"distill.lora.targets {list(settings.targets)} matches nothing; there are {known}")
+            raise UsageError(f"distill.lora.targets {list(settings.targets)} matches nothing; there are {known}")
         names = chosen
     alpha: Any = settings.alpha  # a float will do, whatever peft's annotation says
     return LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none")

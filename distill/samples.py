@@ -6,7 +6,8 @@ not depend on batch size, shards or interruptions; only the rounding of the arit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from ..convert.errors import AssetMissing, UsageError
 from ..convert.files import replacing
@@ -126,22 +133,28 @@ def _generate(
         chain += [TemperatureLogitsWarper(settings.temperature)] if settings.temperature != 1 else []
         chain += [TopPLogitsWarper(settings.top_p)] if settings.top_p < 1 else []
         chain += [GumbelNoise([rng("sample", settings.seed, n) for n in numbers])]
-    ids: Tensor = model.generate(
-        start,
-        attention_mask=torch.ones_like(start),
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        max_new_tokens=new,
-        min_new_tokens=new,
-        eos_token_id=None,  # a sequence goes on after an end of text, as training text does
-        pad_token_id=0,
-        logits_processor=LogitsProcessorList(chain),
-    )
+    # Not the model's own generation settings: a repetition penalty there would change what the teacher says. No end of
+    # text is given: a sequence goes on after one, as training text does.
+    with _plain_generation(model):
+        ids: Tensor = model.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            generation_config=GenerationConfig(do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0),
+            logits_processor=LogitsProcessorList(chain),
+        )
     for _ in chain[0].ticks:  # type: ignore[attr-defined]  # let the bar finish
         pass
     return ids.cpu()
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Inside, the model has no generation settings of its own, which generate would mix into those it is given."""
+    before, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def read_samples(folder: Path, settings: SampleSettings) -> Tensor:

@@ -28,12 +28,26 @@ DECODERS = {
     "olmo2": {"num_key_value_heads": 2},
     "gpt_oss": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 12, **EXPERTS},
 }  # fmt: skip
+# Refused, each for its own reason
+OTHERS = {
+    "phimoe": {"num_key_value_heads": 2, "sliding_window": 12, "num_local_experts": 2, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_key_value_heads": 2,
+        "sliding_window": 12,
+        "use_sliding_window": True,
+        "max_window_layers": 0,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
+}
 
 
 def tiny(name, seed=0, **changes):
     """A random model of the architecture; weights are made larger so that attention is far from uniform."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(name, **{**BASE, **DECODERS.get(name, {}), **changes})
+    config = AutoConfig.for_model(name, **{**BASE, **{**DECODERS, **OTHERS}.get(name, {}), **changes})
     model = AutoModelForCausalLM.from_config(config).float().eval()
     for name, p in model.named_parameters():
         if p.ndim > 1:

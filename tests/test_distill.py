@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import tiny
 
+from attnconvert.convert.errors import UsageError
 from attnconvert.convert.hosts.models import find_sites
 from attnconvert.convert.hosts.transformers import Conversion
 from attnconvert.convert.progress import silent
@@ -150,6 +151,24 @@ def test_samples_do_not_depend_on_batches_shards_or_interruptions(tmp_path):
     assert torch.equal(one[:, :4], torch.arange(2, 22).view(5, 4))
     assert not torch.equal(one, sampled(tmp_path / "c", seed=1)[0])
     assert len({tuple(row[4:].tolist()) for row in one}) == 5
+
+
+def test_the_models_own_generation_settings_do_not_change_the_samples(tmp_path):
+    want, settings = sampled(tmp_path / "a")
+    model = tiny("llama")
+    model.generation_config.repetition_penalty = 3.0
+    model.generation_config.num_beams = 3
+    sample(model, find_sites(model), torch.arange(2, 22).view(5, 4), settings, tmp_path / "b", silent)
+    assert torch.equal(read_samples(tmp_path / "b", settings), want)
+    assert model.generation_config.num_beams == 3
+
+
+def test_a_plan_that_converts_nothing_trains_nothing(tmp_path):
+    model = tiny("llama")
+    distill(model, {s: [Full()] * 2 for s in find_sites(model)}, samples_of(), settings_of(), tmp_path, silent)
+    load_student(model, {s: [Full()] * 2 for s in find_sites(model)}, tmp_path)
+    with pytest.raises(UsageError, match=r"\['qq'\] matches nothing; there are .*'q_proj'"):
+        distill(tiny("llama"), plan_of(tiny("llama")), samples_of(), settings_of(targets=["qq"]), tmp_path, silent)
 
 
 def test_samples_follow_the_teachers_distribution(tmp_path):

@@ -84,6 +84,14 @@ def test_weights_keep_their_names_and_learned_parameters_their_precision(tmp_pat
     assert all(v.dtype == torch.bfloat16 for k, v in again.state_dict().items() if k in stock)
 
 
+def test_what_is_saved_again_loads_as_it_did(tmp_path):
+    model, _ = exported("llama", tmp_path / "one")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "two", trust_remote_code=True).eval()
+    ids = torch.arange(2, 40)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
 def test_checksums_cover_every_file(tmp_path):
     exported("llama", tmp_path)
     lines = dict(reversed(line.split("  ")) for line in (tmp_path / "SHA256SUMS").read_text().splitlines())

@@ -1,5 +1,8 @@
 """Surgery on tiny random models of every architecture that is claimed, and the cache that goes with it."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from models import DECODERS, tiny
@@ -153,8 +156,64 @@ def test_the_cache_of_the_teacher_is_not_given_to_the_student():
     conversion = Conversion(model, mixed(find_sites(model)))
     with conversion.teacher():
         cache = model(ids_of(), use_cache=True).past_key_values
-    with pytest.raises(Unsupported, match="cache made by the teacher"):
+    with pytest.raises(Unsupported, match="cannot be shared by the teacher and the student"):
         model(ids_of()[:, :1], past_key_values=cache)
+
+
+def test_the_cache_of_one_plan_is_not_given_to_another():
+    model = tiny("llama")
+    sites = find_sites(model)
+    conversion = Conversion(model, {s: [Window(size=4, sinks=1)] * s.kv_heads for s in sites})
+    cache = model(ids_of(), use_cache=True).past_key_values
+    conversion.remove()
+    with pytest.raises((Unsupported, RuntimeError)):
+        model(ids_of()[:, :1], past_key_values=cache)
+    Conversion(model, {s: [Full()] * s.kv_heads for s in sites})
+    with pytest.raises(Unsupported, match="two models or plans"):
+        model(ids_of()[:, :1], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_copied_cache_goes_on(converted):
+    model, _ = converted
+    cache = model(ids_of(), use_cache=True).past_key_values
+    again = copy.deepcopy(cache)
+    first, second = (model(ids_of()[:, :3], past_key_values=c, use_cache=True).logits for c in (cache, again))
+    assert torch.equal(first, second)
+
+
+def test_offloaded_caches_are_refused():
+    model = tiny("llama")
+    Conversion(model, mixed(find_sites(model)))
+    cache = DynamicCache(config=model.config)
+    cache.offloading = True
+    with pytest.raises(Unsupported, match="cannot be offloaded"):
+        model(ids_of(), past_key_values=cache)
+
+
+def test_a_conversion_that_fails_leaves_nothing_behind():
+    model = tiny("llama")
+    sites = find_sites(model)
+    wrong = dataclasses.replace(sites[2], name="model.layers.9.self_attn")
+    with pytest.raises(Unsupported, match=r"has no module 'model\.layers\.9\.self_attn'"):
+        Conversion(model, {s: [Full()] * 2 for s in (*sites[:2], wrong)})
+    Conversion(model, {s: [Full()] * 2 for s in sites})
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [(Hybrid(window=4), "reads beyond"), (Linear(), "reads beyond"), (Window(size=12, sinks=0), "keeps no less")],
+)
+def test_a_layer_with_a_window_of_its_own_refuses_what_is_no_gain(spec, message):
+    model = tiny("mistral")
+    with pytest.raises(Unsupported, match=message):
+        Conversion(model, {s: [spec] * s.kv_heads for s in find_sites(model)})
+
+
+@pytest.mark.parametrize("name", ["phimoe", "qwen2_moe"])
+def test_a_window_that_is_in_the_masks_alone_is_refused(name):
+    with pytest.raises(Unsupported, match=r"window of 12 tokens in its masks alone"):
+        find_sites(tiny(name))
 
 
 def test_the_teacher_is_the_untouched_model():

@@ -1,5 +1,6 @@
 """The chosen plan is the best one there is, and meets its budget; what cannot be met is said."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -96,6 +97,21 @@ def test_explicit_layers():
         select(make_profile(), settings, "m")
 
 
+@pytest.mark.parametrize("method", ["damage", "uniform", "random"])
+def test_layers_whose_own_window_is_as_small_are_left_alone(method):
+    profile = make_profile()
+    sites = tuple(dataclasses.replace(s, limit=16) if s.layer < 2 else s for s in profile.sites)
+    profile = dataclasses.replace(profile, sites=sites)
+    plan = select(profile, SelectSettings(method=method, groups=0.5), "m").plan
+    assert plan.groups["layers.0.attn"] == plan.groups["layers.1.attn"] == (Full(), Full())
+    assert plan.converted == 0.5
+    with pytest.raises(UsageError):
+        select(profile, SelectSettings(method=method, groups=0.6), "m")
+    settings = SelectSettings.model_validate({"method": "explicit", "explicit": {"0": {"operator": "hybrid"}}})
+    with pytest.raises(UsageError, match=r"layers\.0\.attn has a sliding window of 16 tokens of its own"):
+        select(profile, settings, "m")
+
+
 def test_a_budget_that_cannot_be_met_is_said():
     with pytest.raises(UsageError, match=r"groups: 1\.0: 7 of 8 KV groups may be converted"):
         select(make_profile(), SelectSettings(groups=1.0, retrieval_keep=0.5), "m")
@@ -118,6 +134,10 @@ def test_plans_round_trip_and_bad_ones_are_refused(tmp_path):
         (text.replace("[window-64-1,", "[window-65-1,"), "not among the plan's operators"),
         (text.replace("sites:", "sits:"), "no plan of format"),
         (text + ": [", "not YAML"),
+        (text.replace("[window-64-1, full]", "full"), r"sites.layers.0.attn: give a list of labels"),
+        (text.replace("[window-64-1, full]", "[[full], full]"), r"sites.layers.0.attn: give a list of labels"),
+        (text.replace("window-64-1: {operator: window, size: 64, sinks: 1}", "window-64-1: window"), "give a mapping"),
+        (text.replace("operators:", "operators: [a]\nrest:"), "operators: give a mapping"),
     ):
         path.write_text(broken)
         with pytest.raises(UsageError, match=message):

@@ -46,6 +46,19 @@ def test_needles_say_what_they_ask(template):
     assert len({tuple(t[a].tolist()) for t, a in zip(task.ids, task.answer, strict=True)}) > 1
 
 
+def test_texts_begin_as_the_tokenizer_begins_them():
+    class WithStart(Characters):
+        bos_token_id = 1
+
+        def __call__(self, text, add_special_tokens=True, verbose=True):
+            return {"input_ids": [1] * add_special_tokens + [ord(c) for c in text]}
+
+    assert bool((sequences(WithStart(), DOCUMENTS, 10, 100, 0)[:, 0] == 1).all())
+    task = needles(WithStart(), DOCUMENTS, "passkey", 4, 500, 0)
+    assert bool((task.ids[:, 0] == 1).all())
+    assert int((task.ids == 1).sum()) == 4
+
+
 def test_needles_that_leave_no_text_and_unknown_templates_are_refused():
     with pytest.raises(UsageError, match="leave no text around the needle: use at least"):
         needles(Characters(), DOCUMENTS, "passkey", 2, 100, 0)

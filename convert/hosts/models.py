@@ -33,8 +33,13 @@ def find_sites(model: PreTrainedModel, tolerance: float = 1e-5) -> list[Site]:
     ids = torch.arange(1, 8, device=model.device)[None] % model.config.get_text_config().vocab_size
     before = model.config._attn_implementation
     seen: dict[nn.Module, tuple[Any, ...]] = {}
+    masked: set[int] = set()  # windows that the model builds into its masks
 
-    def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    def record(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        if module in seen:
+            raise Unsupported(f"{type(module).__name__} is called more than once in a pass, with one cache layer")
         heads, kv_heads = query.shape[1], key.shape[1]
         if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
             raise Unsupported(
@@ -48,7 +53,11 @@ def find_sites(model: PreTrainedModel, tolerance: float = 1e-5) -> list[Site]:
         return query.new_zeros(query.shape).transpose(1, 2), None
 
     AttentionInterface.register(f"{NAME}_probe", record)
-    AttentionMaskInterface.register(f"{NAME}_probe", lambda *a, **k: None)
+
+    def note_window(*args: Any, local_size: int | None = None, **kwargs: Any) -> None:
+        masked.update([] if local_size is None else [local_size])
+
+    AttentionMaskInterface.register(f"{NAME}_probe", note_window)
     try:
         model.set_attn_implementation(f"{NAME}_probe")
         model(ids, use_cache=False)
@@ -66,6 +75,14 @@ def find_sites(model: PreTrainedModel, tolerance: float = 1e-5) -> list[Site]:
         if index is None:
             raise Unsupported(f"{names[module]} has no layer index, so its cache cannot be found")
         sites.append(Site(names[module], index, heads, kv_heads, dim, limit))
+    unknown = masked - {site.limit for site in sites}
+    if unknown:
+        raise Unsupported(
+            f"{type(model).__name__} has a sliding window of {min(unknown)} tokens in its masks alone, which its "
+            "attention does not pass on: it would be lost"
+        )
+    if len({site.layer for site in sites}) < len(sites):
+        raise Unsupported(f"{type(model).__name__} gives one layer index to several attentions, so they share a cache")
     _check_full(model, sites, ids, tolerance)
     return sorted(sites, key=lambda s: s.layer)
 
@@ -188,14 +205,23 @@ class Replay:
         def answer(value: Any) -> Any:
             return lambda *args, **kwargs: value
 
-        skipped = self.blocks[:index]
-        for block, value in zip(skipped, self.outputs, strict=False):
-            block.forward = answer(value)
-        try:
+        with contextlib.ExitStack() as stack:
+            for block, value in zip(self.blocks[:index], self.outputs, strict=False):
+                stack.enter_context(_forward(block, answer(value)))
             yield
-        finally:
-            for block in skipped:
-                del block.forward
+
+
+@contextlib.contextmanager
+def _forward(module: nn.Module, function: Any) -> Iterator[None]:
+    """Inside, the module answers with `function`; a forward that something else put on the instance comes back."""
+    before = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def logits_at(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor:
@@ -220,13 +246,9 @@ def trunk(model: PreTrainedModel) -> nn.Module:
 
 def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits (B, P, V) of hidden states (B, P, C), with the scale or cap that the model has behind its head."""
-    inner = trunk(model)
-    inner.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
-    try:
+    with _forward(trunk(model), lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)):
         logits: Tensor = model(inputs_embeds=hidden, use_cache=False).logits
         return logits
-    finally:
-        del inner.forward
 
 
 def linear_layers(model: PreTrainedModel, site: Site) -> dict[str, nn.Module]:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ...kernels import operators
 from ...kernels.call import Call, map_state, state_bytes
-from ...kernels.spec import Full, Spec, label, spec_from_dict, spec_to_dict
+from ...kernels.spec import Full, Spec, Window, label, spec_from_dict, spec_to_dict
 
 NAME = "attnconvert"  # of the attention implementation, the submodule of a site, the config block and the model type
 FORMAT = 1  # of the config block
@@ -48,6 +50,17 @@ class Site:
     limit: int | None = None
 
 
+def refusal(site: Site, spec: Spec) -> str | None:
+    """Why a site cannot take an operator, or None where it can."""
+    if site.limit is None or isinstance(spec, Full):
+        return None
+    if not isinstance(spec, Window):
+        return f"{site.name} has a sliding window of {site.limit} tokens of its own, which {label(spec)} reads beyond"
+    if spec.size + spec.sinks >= site.limit:
+        return f"{site.name} has a sliding window of {site.limit} tokens of its own: {label(spec)} keeps no less"
+    return None
+
+
 class SiteOperators(nn.Module):
     """What attnconvert hangs into an attention module: the operator of each KV group and what it learned.
 
@@ -58,6 +71,9 @@ class SiteOperators(nn.Module):
         super().__init__()
         if len(specs) != site.kv_heads:
             raise ValueError(f"{site.name} has {site.kv_heads} KV groups but the plan names {len(specs)} operators")
+        for spec in specs:
+            if reason := refusal(site, spec):
+                raise Unsupported(reason)
         self.site, self.specs = site, tuple(specs)
         self.active = True
         self.observer: Observer | None = None
@@ -157,20 +173,26 @@ class OperatorLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.is_initialized = True
         self.seen = 0
-        self.owner: tuple[SiteOperators, bool] | None = None
+        self.owner: tuple[object, ...] | None = None  # site, operators, and whether the student's
+        self.expected = False
         self.states: list[Any] = []
 
     def begin(self, site: SiteOperators, parts: int, new: int) -> list[Any]:
         """The states before `new` tokens; counts them."""
+        owner = (site.site.name, site.specs, site.active)
         if self.owner is None:
-            self.owner, self.states = (site, site.active), [None] * parts
-        elif self.owner[1] != site.active:
-            raise Unsupported("a cache made by the teacher was given to the student, or the reverse: start a new one")
+            self.owner, self.states = owner, [None] * parts
+        elif self.owner != owner:
+            whose = "the teacher and the student" if self.owner[:2] == owner[:2] else "two models or plans"
+            raise Unsupported(f"{site.site.name}: a cache cannot be shared by {whose}: start a new one")
         self.seen += new
         return self.states
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hands back the new keys and values only; the operators keep what they need."""
+        if not self.expected:
+            raise Unsupported("this cache is a converted model's: the model it was given to has no operators for it")
+        self.expected = False
         return key_states, value_states
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -245,6 +267,8 @@ def _swap_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     site.layer = None
     if cache is None:
         return
+    if getattr(cache, "offloading", False):
+        raise Unsupported("a converted model's cache cannot be offloaded: it is small by design; turn offloading off")
     index = site.site.layer
     while len(cache.layers) <= index:
         cache.layers.append(DynamicLayer())
@@ -257,6 +281,7 @@ def _swap_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         if layer.get_seq_length() > 0:
             raise Unsupported("the cache was filled by another model: start a new one")
         layer = cache.layers[index] = OperatorLayer()
+    layer.expected = True
     site.layer = layer
 
 
@@ -272,12 +297,13 @@ class Conversion:
         self.before = model.config._attn_implementation
         self.sites: dict[str, SiteOperators] = {}
         self.hooks = []
-        for site, specs in plan.items():
-            module = submodule(model, site.name)
+        ready = [(submodule(model, site.name), SiteOperators(site, specs)) for site, specs in plan.items()]
+        for module, mine in ready:
             if NAME in module._modules:
-                raise ValueError(f"{site.name} is converted already: remove the first conversion")
-            where = next((p for p in module.parameters(recurse=True)), None)
-            mine = SiteOperators(site, specs)
+                raise ValueError(f"{mine.site.name} is converted already: remove the first conversion")
+        for module, mine in ready:
+            site = mine.site
+            where = next(module.parameters(recurse=True), None)
             mine = mine if where is None or where.is_meta else mine.to(where.device)
             module.add_module(NAME, mine)
             self.sites[site.name] = mine
@@ -386,6 +412,14 @@ def converted_model(base: type[PreTrainedModel], config: type[PreTrainedConfig])
                 )
                 attn_implementation = NAME
             super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+        def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+            """As ever, with the runtime beside the weights, so that what is saved again loads as this did."""
+            super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
+            source, target = Path(self.config._name_or_path), Path(save_directory)
+            for file in (*source.glob(f"{NAME}_*.py"), *source.glob(f"*_{NAME}.py")):
+                if not (target / file.name).exists():
+                    shutil.copy(file, target)
 
     Model.__name__ = Model.__qualname__ = f"Converted{base.__name__}"
     return Model
