@@ -118,7 +118,6 @@ class Work:
 def profile_stage(work: Work) -> None:
     """profile/profile.json"""
     settings = work.recipe.profile
-    work.check_heldout()
     with work.run.stage("profile") as folder:
         found = profile(
             work.model,
@@ -283,7 +282,10 @@ assert tuple(RUNNERS) == STAGES
 def run_stages(work: Work, until: str = "export") -> list[str]:
     """Run what is not done yet, up to and including `until`; returns those that ran. The report is written anew."""
     ran = []
-    for stage in STAGES[: STAGES.index(until) + 1]:
+    stages = STAGES[: STAGES.index(until) + 1]
+    if "evaluate" in stages and not work.run.is_done("evaluate"):
+        work.check_heldout()
+    for stage in stages:
         if work.run.is_done(stage):
             log.info("%s is done already", stage)
             continue
