@@ -62,6 +62,11 @@ def conversion(recipe: str) -> dict[str, Any]:
     done = subprocess.run(command, check=False)
     if done.returncode not in (0, 4):
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
+    return figures(recipe, folder)
+
+
+def figures(recipe: str, folder: Path) -> dict[str, Any]:
+    """What a finished run measured, with the time and memory of its stages."""
     measured = json.loads((folder / "evaluation" / "evaluation.json").read_text())
     manifest = json.loads((folder / "manifest.json").read_text())
     stages = {name: {k: s[k] for k in ("seconds", "peak_memory_bytes")} for name, s in manifest["stages"].items()}
