@@ -13,9 +13,9 @@ from .convert import evaluation
 from .convert.card import model_card
 from .convert.errors import GateMissed, UsageError
 from .convert.export import export, verify
-from .convert.files import read_json, write_json
+from .convert.files import read_json, stored, write_json
 from .convert.hosts.models import find_sites
-from .convert.hosts.transformers import Site
+from .convert.hosts.transformers import Site, all_full
 from .convert.keys import STAGES
 from .convert.machine import hardware
 from .convert.plan import Plan, read_plan, write_plan
@@ -28,7 +28,6 @@ from .convert.sources import Document, fetch_model, load_model, read_texts, refu
 from .convert.text import Needles, needles, sequences
 from .distill.loop import distill, load_student
 from .distill.samples import prompts, read_samples, sample
-from .kernels.spec import Spec
 
 if TYPE_CHECKING:
     from .convert.recipe import NeedleSettings, Recipe
@@ -190,11 +189,7 @@ def _evaluate(work: Work, arms: Sequence[str], load: Callable[[str], Any], kept:
     element = work.model.dtype.itemsize
 
     def once(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        path = None if kept is None else kept / f"{name}.json"
-        found = read_json(path) if path is not None and path.exists() else measure()
-        if path is not None:
-            write_json(path, found)
-        return dict(found)
+        return dict(measure() if kept is None else stored(kept / f"{name}.json", measure))
 
     def measure_teacher() -> dict[str, Any]:
         found = evaluation.retrieval(work.model, task, settings.batch, work.track, "teacher: retrieval")
@@ -212,7 +207,7 @@ def _evaluate(work: Work, arms: Sequence[str], load: Callable[[str], Any], kept:
 
     plans = work.plans()
     teacher = once("teacher", measure_teacher)
-    full = {site: [_full()] * site.kv_heads for site in work.sites}
+    full = all_full(work.sites)
     dense = {n: evaluation.costs(full, n, element) for n in lengths}
     teacher["kv_bytes"] = {str(n): dense[n]["kv_bytes"] for n in lengths}
     result: dict[str, Any] = {}
@@ -248,12 +243,6 @@ def _evaluate(work: Work, arms: Sequence[str], load: Callable[[str], Any], kept:
         document["speed"] = once("speed", measure_speed)
     document["gates"] = evaluation.check_gates(work.recipe.gates, document)
     return document
-
-
-def _full() -> Spec:
-    from .kernels.spec import Full
-
-    return Full()
 
 
 def export_stage(work: Work) -> None:
@@ -325,7 +314,7 @@ def evaluation_of(run: Run) -> dict[str, Any]:
     if unknown:
         sites = Profile.from_json(read_json(run.folder("profile") / PROFILE)).sites
         plan = read_plan(run.plan).for_sites(sites)
-        full = {site: [_full()] * site.kv_heads for site in sites}
+        full = all_full(sites)
         element = 4 if run.recipe.model.dtype == "float32" else 2
         for n in unknown:
             share = evaluation.costs(plan, n, element)["kv_bytes"] / evaluation.costs(full, n, element)["kv_bytes"]

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,13 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def stored(path: Path, make: Callable[[], Any]) -> Any:
+    """The JSON that `path` holds, or what `make` returns, then kept there: work that is done is not done again."""
+    if not path.exists():
+        write_json(path, make())
+    return read_json(path)
 
 
 def read_json(path: Path) -> Any:

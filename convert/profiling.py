@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,10 @@ from torch import Tensor
 from ..kernels import operators
 from ..kernels.call import Call, grouped, logits
 from ..kernels.spec import Full, Spec, Window, label, spec_to_dict
-from .files import read_json, write_json
+from .files import stored
 from .hosts import models
 from .hosts.models import Replay
-from .hosts.transformers import Conversion, Site, SiteOperators, refusal
+from .hosts.transformers import Conversion, Site, SiteOperators, all_full, refusal
 from .text import Needles
 
 if TYPE_CHECKING:
@@ -89,12 +89,12 @@ def profile(
     """
     start = time.perf_counter()
     names = {label(spec): spec for spec in candidates}
-    installed = Conversion(model, {site: [Full()] * site.kv_heads for site in sites})
+    installed = Conversion(model, all_full(sites))
     try:
-        found = _stored(
+        found = stored(
             folder / "statistics.json", lambda: _statistics(model, installed, sites, texts, names, rows, track)
         )
-        retrieval = _stored(folder / "retrieval.json", lambda: _retrieval(model, installed, sites, needles, track))
+        retrieval = stored(folder / "retrieval.json", lambda: _retrieval(model, installed, sites, needles, track))
     finally:
         installed.remove()
     measured: dict[str, Any] = {"damage": {}, "teacher": {}}
@@ -112,13 +112,6 @@ def profile(
         data or {},
         seconds,
     )
-
-
-def _stored(path: Path, make: Callable[[], Any]) -> Any:
-    """What the file holds, or what `make` returns, then kept in it."""
-    if not path.exists():
-        write_json(path, make())
-    return read_json(path)
 
 
 class _Means:
@@ -228,12 +221,12 @@ def _damage(
     jobs = [(name, n, g) for name, n, g in jobs if refusal(sites[n], names[name]) is None]
     cases = []
     for case, ids in enumerate(needles.ids):
-        path = folder / f"damage-{case:03d}.json"
-        if not path.exists():
-            title = f"damage, case {case + 1} of {len(needles.ids)}"
-            answer = needles.answer[case]
-            write_json(path, _damage_of_case(model, sites, ids[None], answer, names, track(jobs, title)))
-        cases.append(read_json(path))
+        title = f"damage, case {case + 1} of {len(needles.ids)}"
+
+        def measure(ids: Tensor = ids, answer: Tensor = needles.answer[case], title: str = title) -> dict[str, Any]:
+            return _damage_of_case(model, sites, ids[None], answer, names, track(jobs, title))
+
+        cases.append(stored(folder / f"damage-{case:03d}.json", measure))
     mean = torch.tensor([[[m["kl"], m["needle"]] for m in case["jobs"]] for case in cases]).double().mean(0)
     damage = {name: {m: [[None] * s.kv_heads for s in sites] for m in ("kl", "needle")} for name in names}
     for (name, n, g), row in zip(jobs, mean.tolist(), strict=True):
@@ -256,7 +249,7 @@ def _damage_of_case(
     for name, n, group in jobs:
         site = sites[n]
         specs = [names[name] if g == group else Full() for g in range(site.kv_heads)]
-        conversion = Conversion(model, {s: specs if s == site else [Full()] * s.kv_heads for s in sites})
+        conversion = Conversion(model, all_full(sites) | {site: specs})
         try:
             with replay.start(n):
                 got = models.logits_at(model, ids, at)[0].float().log_softmax(-1)

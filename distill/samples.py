@@ -25,9 +25,8 @@ from transformers import (
 
 from ..convert.errors import AssetMissing, UsageError
 from ..convert.files import replacing
-from ..convert.hosts.transformers import Conversion, Site
+from ..convert.hosts.transformers import Conversion, Site, all_full
 from ..convert.text import rng, sequences
-from ..kernels.spec import Full
 
 if TYPE_CHECKING:
     from ..convert.progress import Track
@@ -81,7 +80,7 @@ def sample(
     The teacher runs on our own full attention, which decodes grouped heads without repeating keys: several times faster
     on CPU than the stock path, and equal to it.
     """
-    conversion = Conversion(model, {site: [Full()] * site.kv_heads for site in sites})
+    conversion = Conversion(model, all_full(sites))
     try:
         _make_shards(model, starts, settings, folder, track)
     finally:

@@ -17,8 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
-from ...kernels.spec import Full
-from .transformers import NAME, Conversion, Site, Unsupported, submodule
+from .transformers import NAME, Conversion, Site, Unsupported, all_full, submodule
 
 
 @torch.no_grad()
@@ -128,7 +127,7 @@ def _check_full(model: PreTrainedModel, sites: list[Site], ids: Tensor, toleranc
         _with_hooks(model, sites, keep, ids)
     finally:
         model.set_attn_implementation(before)
-    conversion = Conversion(model, {site: [Full()] * site.kv_heads for site in sites})
+    conversion = Conversion(model, all_full(sites))
     try:
         _with_hooks(model, sites, compare, ids)
     finally:

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,11 @@ def refusal(site: Site, spec: Spec) -> str | None:
     if spec.size + spec.sinks >= site.limit:
         return f"{site.name} has a sliding window of {site.limit} tokens of its own: {label(spec)} keeps no less"
     return None
+
+
+def all_full(sites: Iterable[Site]) -> dict[Site, list[Spec]]:
+    """The plan that converts nothing: the teacher on our own code."""
+    return {site: [Full()] * site.kv_heads for site in sites}
 
 
 class SiteOperators(nn.Module):
