@@ -1,0 +1,227 @@
+// Matrix products on packed panels: the one inner loop of every kernel.
+//
+// A panel holds NP columns of the right-hand factor, row after row. Its unit is 32 bits: one float, or two neighbouring
+// bf16 of the summed axis where the product is that of AVX-512-BF16 (Pairs). Rows of the left factor are read by
+// broadcast from anywhere. All panels are scratch memory of ours: only packing reads a user's tensor.
+#pragma once
+#include <cstdlib>
+#include <new>
+
+#include "simd.h"
+
+namespace attn {
+
+constexpr int MR = 6;                      // rows of a register tile
+constexpr int NV = W == 16 ? 4 : 2;        // vectors of a register tile
+constexpr int NP = NV * W;                 // columns of a panel
+constexpr int ALIGN = 64;                  // keys are packed to a multiple of this
+
+INLINE int64_t up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+
+// Scratch memory, aligned and not initialised.
+class Buffer {
+   public:
+    Buffer() = default;
+    explicit Buffer(int64_t floats) { resize(floats); }
+    ~Buffer() { std::free(p_); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    void resize(int64_t floats) {
+        std::free(p_);
+        p_ = static_cast<float*>(std::aligned_alloc(64, up(floats * 4 + 64, 64)));
+        if (!p_) throw std::bad_alloc();
+    }
+    float* get() const { return p_; }
+
+   private:
+    float* p_ = nullptr;
+};
+
+struct Panels {
+    float* data = nullptr;
+    int64_t cols = 0, depth = 0;  // columns, a multiple of W; rows of a panel in units
+    INLINE int64_t width(int64_t col) const { return cols - col / NP * NP < NP ? cols - col / NP * NP : NP; }
+    INLINE float* at(int64_t col, int64_t row) const {
+        return data + col / NP * NP * depth + row * width(col) + col % NP;
+    }
+    int64_t floats() const { return cols * depth; }
+};
+
+struct Floats {
+    static constexpr int PER = 1;  // numbers of the summed axis in a unit
+    static INLINE V broadcast(const float* p) { return set(*p); }
+    static INLINE V step(V a, V b, V c) { return fma(a, b, c); }
+    static INLINE void put(float* row, int64_t i, V x) { store(row + i, x); }
+};
+
+#if defined(ATTNCONVERT_AVX512)
+struct Pairs {
+    static constexpr int PER = 2;
+    static INLINE V broadcast(const float* p) {
+        int32_t bits;
+        std::memcpy(&bits, p, 4);
+        return _mm512_castsi512_ps(_mm512_set1_epi32(bits));
+    }
+    static INLINE V step(V a, V b, V c) {
+        return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+    }
+    static INLINE void put(float* row, int64_t i, V x) {  // may overwrite the row that x was read from
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<uint16_t*>(row) + i),
+                            (__m256i)_mm512_cvtneps_pbh(x));
+    }
+};
+#endif
+
+template <class Op, int N>
+INLINE void tile(int64_t depth, const float* a, int64_t row, int64_t step, const float* b, int64_t width, float* c,
+                 int64_t ldc, bool accumulate) {
+    V acc[MR][N];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++) acc[i][j] = accumulate ? load(c + i * ldc + j * W) : zero();
+    for (int64_t k = 0; k < depth; k++) {
+        V right[N];
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++) right[j] = load(b + j * W);
+#pragma GCC unroll 8
+        for (int i = 0; i < MR; i++) {
+            const V left = Op::broadcast(a + i * row);
+#pragma GCC unroll 4
+            for (int j = 0; j < N; j++) acc[i][j] = Op::step(left, right[j], acc[i][j]);
+        }
+        a += step;
+        b += width;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++) store(c + i * ldc + j * W, acc[i][j]);
+}
+
+// C[0:rows, 0:to-from] (+)= A[0:rows, 0:depth] B[first : first + depth, from:to], rows a multiple of MR, the columns
+// multiples of W, depth in units. A(i, k) is a[i * row + k * step].
+template <class Op>
+void product(int64_t rows, const float* a, int64_t row, int64_t step, const Panels& b, int64_t from, int64_t to,
+             int64_t first, int64_t depth, float* c, int64_t ldc, bool accumulate) {
+    for (int64_t col = from; col < to;) {
+        const int64_t width = b.width(col);
+        const int64_t left = width - col % NP < to - col ? width - col % NP : to - col;
+        const float* p = b.at(col, first);
+        float* q = c + (col - from);
+        const int n = static_cast<int>(left / W);
+        for (int64_t i = 0; i < rows; i += MR) {
+            const float* x = a + i * row;
+            float* y = q + i * ldc;
+            if (n == 2) tile<Op, 2>(depth, x, row, step, p, width, y, ldc, accumulate);
+            else if (n == 1) tile<Op, 1>(depth, x, row, step, p, width, y, ldc, accumulate);
+            else if (NV == 4 && n == 4) tile<Op, NV>(depth, x, row, step, p, width, y, ldc, accumulate);
+            else if (NV == 4) tile<Op, NV == 4 ? 3 : 1>(depth, x, row, step, p, width, y, ldc, accumulate);
+        }
+        col += left;
+    }
+}
+
+// The same with C in panels (all of its columns, the first `rows` of its rows).
+inline void product_into(int64_t rows, const float* a, int64_t row, int64_t step, const Panels& b, int64_t first,
+                         int64_t depth, const Panels& c, bool accumulate) {
+    for (int64_t col = 0; col < b.cols; col += NP) {
+        const int64_t to = col + b.width(col);
+        product<Floats>(rows, a, row, step, b, col, to, first, depth, c.at(col, 0), c.width(col), accumulate);
+    }
+}
+
+// Where the rows of one head of a tensor stand; a row that is not `real` counts as zeros, whatever memory holds.
+struct Rows {
+    const char* data;
+    int64_t stride;  // bytes
+    int64_t dtype;
+    int64_t n, d;                 // rows, numbers in a row
+    const uint32_t* real = nullptr;  // bits; all where null
+    INLINE bool has(int64_t i) const { return i < n && (!real || (real[i / 32] >> (i % 32) & 1)); }
+    INLINE const char* at(int64_t i) const { return data + i * stride; }
+};
+
+INLINE void transpose8(const float* from, int64_t lda, float* to, int64_t ldb) {
+    __m256 r[8], s[8];
+    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(from + i * lda);
+    for (int i = 0; i < 8; i += 2) {
+        s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_shuffle_ps(s[i], s[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(s[i], s[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(to + i * ldb, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(to + (i + 4) * ldb, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    }
+}
+
+constexpr int64_t WIDEST = 4096;  // numbers in a row that packing can hold: head sizes and features
+
+// A row as units: floats, or its own bf16 in pairs. Fills up to n units with zeros.
+template <class Op>
+INLINE void units(float* to, const Rows& x, int64_t i, int64_t n) {
+    const int64_t used = x.d / Op::PER;
+    if (!x.has(i)) {
+        std::memset(to, 0, n * 4);
+        return;
+    }
+    if (Op::PER == 2) std::memcpy(to, x.at(i), x.d * 2);
+    else to_float(to, x.at(i), x.dtype, x.d);
+    if (n > used) std::memset(to + used, 0, (n - used) * 4);
+}
+
+// Rows from : to of x as columns of `out`, whose depth is units of d. `to` may pass the last row; both multiples of 8.
+template <class Op>
+void pack_columns(const Rows& x, const Panels& out, int64_t from, int64_t to, float* scratch) {
+    const int64_t n = x.d / Op::PER, wide = up(n, 8);
+    float* square = scratch + 8 * wide;  // 8 x 8, for the last units of a row that is no multiple of 8
+    for (int64_t j = from; j < to; j += 8) {
+        for (int64_t i = 0; i < 8; i++) units<Op>(scratch + i * wide, x, j + i, wide);
+        const int64_t width = out.width(j);
+        float* p = out.at(j, 0);
+        for (int64_t d = 0; d < n; d += 8) {
+            if (d + 8 <= n) {
+                transpose8(scratch + d, wide, p + d * width, width);
+            } else {
+                transpose8(scratch + d, wide, square, 8);
+                for (int64_t e = d; e < n; e++) std::memcpy(p + e * width, square + (e - d) * 8, 32);
+            }
+        }
+    }
+}
+
+// Rows from : to of x as rows of `out`, whose columns are d padded with zeros.
+template <class Op>
+void pack_rows(const Rows& x, const Panels& out, int64_t from, int64_t to, float* scratch) {
+    const int64_t wide = out.cols;
+    for (int64_t j = from; j < to; j += Op::PER) {
+        if (Op::PER == 1) {
+            units<Floats>(scratch, x, j, wide);
+        } else {
+            auto* both = reinterpret_cast<uint16_t*>(scratch);
+            uint16_t* one = both + 2 * wide;
+            for (int64_t e = 0; e < 2; e++, one += wide) {
+                std::memset(one, 0, wide * 2);
+                if (x.has(j + e)) std::memcpy(one, x.at(j + e), x.d * 2);
+            }
+            const uint16_t *first = both + 2 * wide, *second = first + wide;
+            for (int64_t d = 0; d < wide; d++) {
+                both[2 * d] = first[d];
+                both[2 * d + 1] = second[d];
+            }
+        }
+        for (int64_t col = 0; col < wide; col += NP)
+            std::memcpy(out.at(col, j / Op::PER), scratch + col, out.width(col) * 4);
+    }
+}
+
+constexpr int64_t PACK_SCRATCH = 8 * WIDEST + 64;
+
+}  // namespace attn
