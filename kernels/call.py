@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 T = TypeVar("T")
-ROWS = 512  # query rows that are masked at once: the largest mask is ROWS × keys, never S × S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +24,7 @@ class Call:
 
     `valid` (B, seen + Q) is true for real tokens and None when all are. `softcap`, `sink_logits` (H,) and `limit` are
     the architecture's own: logit soft cap (Gemma 2), a learned logit per head in the normaliser (gpt-oss) and the
-    model's own sliding window, in tokens.
+    model's own sliding window, in tokens. `keep` is false where nobody wants the state.
     """
 
     scale: float
@@ -35,10 +33,11 @@ class Call:
     softcap: float | None = None
     sink_logits: Tensor | None = None
     limit: int | None = None
+    keep: bool = True
 
-    def heads(self, index: Tensor | None) -> Call:
+    def heads(self, index: slice | list[int]) -> Call:
         """The same call for the query heads in `index` only."""
-        if index is None or self.sink_logits is None:
+        if self.sink_logits is None:
             return self
         return dataclasses.replace(self, sink_logits=self.sink_logits[index])
 
@@ -116,30 +115,3 @@ def softmax_terms(s: Tensor, allowed: Tensor, v: Tensor, sink: Tensor | None = N
     if sink is not None:
         total = total + torch.exp(sink - top)
     return p @ v.to(p.dtype), total, top
-
-
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, call: Call) -> Tensor:
-    """Masked softmax attention of grouped heads; a row that may attend to nothing gives zeros.
-
-    Args:
-        q: (B, Hk, G, Q, D); k, v: (B, Hk, K, D); allowed: (1 or B, Q, K) or None for all.
-
-    Returns:
-        (B, Hk, G, Q, D) in the dtype of q.
-    """
-    if call.softcap is None and call.sink_logits is None:
-        return _fused(q, k, v, allowed, call.scale)
-    s = logits(q, k[:, :, None], call)
-    allowed = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device) if allowed is None else allowed[:, None, None]
-    number, total, _ = softmax_terms(s, allowed, v[:, :, None], sink_column(call, s))
-    return (number / total.clamp_min(torch.finfo(total.dtype).tiny)).to(q.dtype)
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
-    """The same through SDPA. The query heads of a group become rows, so keys and values are never repeated."""
-    _, _, group, rows, _ = q.shape
-    mask = None if allowed is None else allowed[:, None].repeat(1, 1, group, 1)
-    o = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=mask, scale=scale)
-    if mask is not None:
-        o = o.masked_fill(~mask.any(-1, keepdim=True), 0.0)
-    return o.reshape(*o.shape[:2], group, rows, o.shape[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-FLOOR = 1e-12  # keeps every feature positive, so that a sum of them is never zero
+from . import ops
 
 
 class Hedgehog(nn.Module):
@@ -24,15 +24,9 @@ class Hedgehog(nn.Module):
         self.key = nn.Parameter(eye.repeat(kv_heads, 1, 1))  # (Hk, D, D)
 
     def queries(self, q: Tensor) -> Tensor:
-        """(B, Hk, G, Q, D) → (B, Hk, G, Q, 2D), at least fp32."""
-        return self._features(q, self.query.unflatten(0, q.shape[1:3]))
+        """(B, H, Q, D) → (B, H, Q, 2D)"""
+        return ops.feature_map(q, "hedgehog", (self.query,))
 
     def keys(self, k: Tensor) -> Tensor:
-        """(B, Hk, Q, D) → (B, Hk, Q, 2D), at least fp32."""
-        return self._features(k, self.key)
-
-    @staticmethod
-    def _features(x: Tensor, weight: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = x.to(wide) @ weight.to(wide)
-        return torch.cat([y.softmax(-1), (-y).softmax(-1)], -1).clamp_min(FLOOR)
+        """(B, Hk, Q, D) → (B, Hk, Q, 2D)"""
+        return ops.feature_map(k, "hedgehog", (self.key,))

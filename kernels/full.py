@@ -5,20 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import window
-from .call import ROWS, Call, Cost, Shape, grouped, logits, sink_column, softmax_attention, softmax_terms
+from .call import Call, Cost, Shape, grouped, logits, sink_column, softmax_terms
+from .launch import Piece
+from .problem import Part
 from .spec import Full, Window
+
+SLACK = 16  # a cache grows by 1 / SLACK of its length, and by SLACK tokens at least
 
 
 @dataclass
 class FullState:
-    """Every key and value so far: (B, Hk, N, D)."""
+    """Every key and value so far: k, v (B, Hk, capacity, D), of which the first `length` slots are filled."""
 
     k: Tensor
     v: Tensor
+    length: int
 
 
 def parameters(spec: Full, heads: int, kv_heads: int, dim: int) -> nn.Module | None:
@@ -39,38 +43,41 @@ def reference(spec: Full, q: Tensor, k: Tensor, v: Tensor, call: Call, learned: 
     return (number / total.clamp_min(torch.finfo(total.dtype).tiny)).flatten(1, 2).to(q.dtype)
 
 
-def attend(
+def piece(
     spec: Full, q: Tensor, k: Tensor, v: Tensor, call: Call, state: object = None, learned: nn.Module | None = None
-) -> tuple[Tensor, object]:
-    """The new tokens attend to all before them. → (B, H, Q, D), state"""
+) -> Piece:
+    """The new tokens attend to all before them."""
     if call.limit is not None:  # the model's own sliding window, which keeps no more than it reads
-        return window.attend(Window(size=call.limit, sinks=0), q, k, v, call, state)
+        return window.piece(Window(size=call.limit, sinks=0), q, k, v, call, state)
     if isinstance(state, FullState):
-        k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
-    new, total, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    plain = call.valid is None and call.softcap is None and call.sink_logits is None
-    if plain and new == total and new > 1:
-        wide_k, wide_v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
-        o = F.scaled_dot_product_attention(q, wide_k, wide_v, is_causal=True, scale=call.scale)
-    else:
-        o = _by_rows(grouped(q, k.shape[1]), k, v, call).flatten(1, 2)
-    return o, FullState(k, v)
+        k, v = (torch.cat([old[:, :, : state.length], new], 2) for old, new in ((state.k, k), (state.v, v)))
+    return Piece(k=k, v=v, size=-1, valid=call.valid, state=_grown(k, v, k.shape[2]) if call.keep else None)
 
 
-def _by_rows(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-    new, total = q.shape[3], k.shape[2]
-    if new == 1 and call.valid is None:
-        return softmax_attention(q, k, v, None, call)
-    parts = []
-    for start in range(0, new, ROWS):
-        stop = min(start + ROWS, new)
-        reach = total - new + stop  # keys that the last of these rows may see
-        i = torch.arange(total - new + start, reach, device=q.device)
-        allowed = (i[:, None] >= torch.arange(reach, device=q.device))[None]
-        if call.valid is not None:
-            allowed = allowed & call.valid[:, None, :reach]
-        parts.append(softmax_attention(q[..., start:stop, :], k[:, :, :reach], v[:, :, :reach], allowed, call))
-    return torch.cat(parts, 3)
+def _grown(k: Tensor, v: Tensor, length: int) -> FullState:
+    """A cache of its own with room for more: a view would keep the tensors of other heads alive."""
+    more = max(SLACK, length // SLACK)
+    return FullState(
+        *(torch.cat([x[:, :, :length], x.new_empty(*x.shape[:2], more, x.shape[3])], 2) for x in (k, v)), length
+    )
+
+
+def step(
+    spec: Full, q: Tensor, k: Tensor, v: Tensor, call: Call, state: object, learned: nn.Module | None = None
+) -> tuple[Part, object]:
+    """One new token: written into the cache, which grows when it is full."""
+    if call.limit is not None:
+        return window.step(Window(size=call.limit, sinks=0), q, k, v, call, state)
+    assert isinstance(state, FullState)
+    capacity, n = state.k.shape[2], state.length
+    if n == capacity:
+        more = max(SLACK, n // SLACK)
+        state = FullState(
+            *(torch.cat([x, x.new_empty(*x.shape[:2], more, x.shape[3])], 2) for x in (state.k, state.v)), n
+        )
+    state.k[:, :, n], state.v[:, :, n] = k[:, :, 0], v[:, :, 0]
+    state = FullState(state.k, state.v, n + 1)
+    return Part(first=0, k=state.k, v=state.v, used=n + 1, mask=call.valid), state
 
 
 def prefill_cost(spec: Full, shape: Shape, length: int) -> Cost:

@@ -14,13 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import linear, window
 from .call import Call, Cost, Shape, grouped, logits, sink_column, softmax_terms
 from .features import Hedgehog
+from .launch import Piece
+from .problem import EMPTY, Part
 from .spec import Hybrid, Linear, Window
+from .torch_linear import with_ones
 from .window import WindowState
 
 
@@ -72,47 +74,57 @@ def reference(spec: Hybrid, q: Tensor, k: Tensor, v: Tensor, call: Call, learned
     past = past if call.valid is None else past & call.valid[:, None, None, None, :]
     s = logits(grouped(q, k.shape[1]), k[:, :, None], call)
     number, total, top = softmax_terms(s, near, v[:, :, None], sink_column(call, s))
-    a = learned.queries(grouped(q, k.shape[1])) @ learned.keys(k)[:, :, None].transpose(-1, -2)
-    tail = (a * (past & ~near)) @ linear.with_ones(v, None, a.dtype)[:, :, None]
+    a = grouped(learned.queries(q), k.shape[1]) @ learned.keys(k)[:, :, None].transpose(-1, -2)
+    tail = (a * (past & ~near)) @ with_ones(v, number.dtype)[:, :, None].to(a.dtype)
     return _join(number, total, top, tail, _weight(learned, number)).flatten(1, 2).to(q.dtype)
 
 
-def attend(
+def piece(
     spec: Hybrid, q: Tensor, k: Tensor, v: Tensor, call: Call, state: object = None, learned: nn.Module | None = None
-) -> tuple[Tensor, HybridState]:
-    """The new tokens attend to window, sinks and tail. → (B, H, Q, D), state"""
+) -> Piece:
+    """The new tokens attend to window, sinks and tail."""
     assert isinstance(learned, HybridParameters)
-    if call.limit is not None:
-        raise ValueError(f"this layer has a sliding window of {call.limit} tokens of its own: choose 'window' for it")
-    state = state if isinstance(state, HybridState) else None
-    band_k, band_v, sinks = window.extend(k, v, call, state, spec.sinks)
-    held, new = band_k.shape[2] - k.shape[2], k.shape[2]
-    qg = grouped(q, k.shape[1])
-    parts: list[tuple[Tensor, ...]] = []
-    for block in window.blocks(qg, band_k, band_v, sinks, held, spec.window, call):
-        s = logits(block.q, block.k[:, :, None], call)
-        terms = softmax_terms(s, block.allowed[:, None, None], block.v[:, :, None], sink_column(call, s))
-        parts.append(tuple(block.restore(t) for t in terms))
-    number, total, top = (torch.cat(x, 3)[..., :new, :] for x in zip(*parts, strict=True))
-    late_k, late_v, left = _leaving(band_k, band_v, sinks[2], held, spec.window, call)
-    values = linear.with_ones(late_v, left, number.dtype)
-    tail, s = linear.scan(learned.queries(qg), learned.keys(late_k), values, state.s if state else None)
-    o = _join(number, total, top, tail, _weight(learned, number)).flatten(1, 2).to(q.dtype)
-    return o, HybridState(window.keep_last(band_k, spec.window), window.keep_last(band_v, spec.window), *sinks, s)
+    linear.refuse_limit(call)
+    band_k, band_v, first, sinks = window.band(k, v, call, state, spec.window, spec.sinks)
+    sink_k, sink_v, at = sinks
+    # a sink is read by the softmax part for ever, padding by nothing: neither joins the tail
+    positions = torch.arange(first, first + band_k.shape[2], device=k.device)
+    counts = ~(at[:, :, None] == positions).any(1)  # (B, K)
+    valid = None if call.valid is None else call.valid[:, first:]
+    near = window.held(band_k, band_v, call, first, sinks, spec.window) if call.keep else None
+    before = state.s if isinstance(state, HybridState) else None
+    return Piece(
+        k=band_k,
+        v=band_v,
+        size=spec.window,
+        valid=valid,
+        sinks=(sink_k, sink_v, torch.where(at >= 0, at - first, EMPTY)) if spec.sinks else None,
+        state=HybridState(**vars(near), s=k.new_empty(0)) if near is not None else None,
+        fq=learned.queries(q),
+        fk=linear.only(learned.keys(band_k), counts if valid is None else counts & valid),
+        weight=learned.tail,
+        before=before,
+    )
 
 
-def _leaving(k: Tensor, v: Tensor, sink_at: Tensor, held: int, size: int, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """For each new token, the one that is `size` before it: k, v (B, Hk, Q, D) and whether it counts (B, Q).
-
-    It does not count before the start, when it is padding, and when it is a sink, which the softmax part still reads.
-    """
-    new = k.shape[2] - held
-    k, v = (F.pad(x, (0, 0, size - held, 0))[:, :, :new] for x in (k, v))
-    at = torch.arange(call.seen - size, call.seen - size + new, device=k.device)
-    counts = (at >= 0) & ~(sink_at[:, :, None] == at).any(1)  # (B, Q)
-    if call.valid is not None:
-        counts = counts & call.valid[:, at.clamp(min=0)]
-    return k, v, counts
+def step(
+    spec: Hybrid, q: Tensor, k: Tensor, v: Tensor, call: Call, state: object, learned: nn.Module | None = None
+) -> tuple[Part, HybridState]:
+    """One new token: the one that leaves the window for it joins the tail."""
+    assert isinstance(learned, HybridParameters)
+    assert isinstance(state, HybridState)
+    linear.refuse_limit(call)
+    leaving = call.seen - spec.window
+    if leaving >= (spec.sinks if call.valid is None else 0):
+        slot = slice(leaving % spec.window, leaving % spec.window + 1)
+        counts = None
+        if call.valid is not None:
+            counts = call.valid[:, leaving : leaving + 1] & ~(state.sink_at == leaving).any(1, keepdim=True)
+        linear.add(state.s, learned.keys(state.k[:, :, slot]), state.v[:, :, slot], counts)
+    part, near = window.step(_window(spec), q, k, v, call, state)
+    fq = learned.queries(q)[:, :, 0]
+    part = Part(first=0, k=part.k, v=part.v, used=part.used, mask=part.mask, fq=fq, state=state.s, weight=learned.tail)
+    return part, HybridState(**vars(near), s=state.s)
 
 
 def prefill_cost(spec: Hybrid, shape: Shape, length: int) -> Cost:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import ops
 from .call import Call, Cost, Shape, grouped
 from .features import Hedgehog
+from .problem import EPS, Part
 from .spec import Linear
+from .torch_linear import with_ones
 
-CHUNK = 128
-EPS = 1e-6
+CHUNK = 128  # tokens of a chunk in the cost model: pairs inside it are computed one by one
 
 
 @dataclass
@@ -35,7 +35,7 @@ def parameters(spec: Linear, heads: int, kv_heads: int, dim: int) -> nn.Module |
 def reference(spec: Linear, q: Tensor, k: Tensor, v: Tensor, call: Call, learned: nn.Module | None = None) -> Tensor:
     """The definition, dense: q (B, H, S, D), k, v (B, Hk, S, D), no state. → (B, H, S, D)"""
     assert isinstance(learned, Hedgehog)
-    a = learned.queries(grouped(q, k.shape[1])) @ learned.keys(k)[:, :, None].transpose(-1, -2)
+    a = grouped(learned.queries(q), k.shape[1]) @ learned.keys(k)[:, :, None].transpose(-1, -2)
     a = a.tril()
     if call.valid is not None:
         a = a * call.valid[:, None, None, None, :]
@@ -48,45 +48,39 @@ def attend(
 ) -> tuple[Tensor, LinearState]:
     """The new tokens attend to all before them through the state. → (B, H, Q, D), state"""
     assert isinstance(learned, Hedgehog)
+    refuse_limit(call)
+    fk = only(learned.keys(k), call.real(call.seen, call.seen + k.shape[2]))
+    before = state.s if isinstance(state, LinearState) else None
+    o, s = ops.linear_attention(learned.queries(q), fk, v, causal=True, state=before)
+    assert s is not None
+    return o, LinearState(s)
+
+
+def refuse_limit(call: Call) -> None:
+    """A linear operator reads everything: it cannot stand in for the model's own window."""
     if call.limit is not None:
         raise ValueError(f"this layer has a sliding window of {call.limit} tokens of its own: choose 'window' for it")
-    fq, fk = learned.queries(grouped(q, k.shape[1])), learned.keys(k)
-    values = with_ones(v, call.real(call.seen, call.seen + q.shape[2]), fk.dtype)
-    o, s = scan(fq, fk, values, state.s if isinstance(state, LinearState) else None)
-    o = o[..., :-1] / (o[..., -1:] + EPS)
-    return o.flatten(1, 2).to(q.dtype), LinearState(s)
 
 
-def with_ones(v: Tensor, real: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(B, Hk, Q, D + 1): v and a column of ones, zero at padding, so that pads vanish from both sums."""
-    values = F.pad(v.to(dtype), (0, 1), value=1.0)
-    return values if real is None else values * real[:, None, :, None]
+def only(fk: Tensor, counts: Tensor | None) -> Tensor:
+    """Features (B, Hk, K, F) of the keys that count (B, K); the others vanish from both sums."""
+    return fk if counts is None else fk * counts[:, None, :, None]
 
 
-def scan(fq: Tensor, fk: Tensor, v: Tensor, s: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Causal Σ_{j ≤ i} (φ(q_i)·φ(k_j)) v_j in chunks, from the state `s`.
+def step(
+    spec: Linear, q: Tensor, k: Tensor, v: Tensor, call: Call, state: object, learned: nn.Module | None = None
+) -> tuple[Part, LinearState]:
+    """One new token: added to the state."""
+    assert isinstance(learned, Hedgehog)
+    assert isinstance(state, LinearState)
+    refuse_limit(call)
+    add(state.s, learned.keys(k), v, None if call.valid is None else call.valid[:, -1:])
+    return Part(first=0, k=k, v=v, used=0, fq=learned.queries(q)[:, :, 0], state=state.s), state
 
-    Args:
-        fq: (B, Hk, G, Q, F); fk: (B, Hk, Q, F); v: (B, Hk, Q, E); s: (B, Hk, F, E) or None for zeros.
 
-    Returns:
-        (B, Hk, G, Q, E) and the state after the last token.
-    """
-    new = v.shape[2]
-    chunk = min(CHUNK, new)
-    count = -(-new // chunk)
-    pad = count * chunk - new
-    fq = F.pad(fq, (0, 0, 0, pad)).unflatten(3, (count, chunk)).transpose(2, 3)  # (B, Hk, n, G, C, F)
-    fk, v = (F.pad(x, (0, 0, 0, pad)).unflatten(2, (count, chunk)) for x in (fk, v))  # (B, Hk, n, C, ·)
-    sums = (fk.transpose(-1, -2) @ v).cumsum(2)  # (B, Hk, n, F, E), through each chunk
-    sums = sums if s is None else sums + s[:, :, None]
-    first = torch.zeros_like(sums[:, :, :1]) if s is None else s[:, :, None]
-    before = torch.cat([first, sums[:, :, :-1]], 2)
-    group = fq.shape[3]
-    inside = (fq @ fk[:, :, :, None].transpose(-1, -2)).tril()  # (B, Hk, n, G, C, C)
-    o = inside.flatten(3, 4) @ v + fq.flatten(3, 4) @ before
-    o = o.unflatten(3, (group, chunk)).transpose(2, 3).flatten(3, 4)
-    return o[..., :new, :], sums[:, :, -1]
+def add(s: Tensor, fk: Tensor, v: Tensor, counts: Tensor | None) -> None:
+    """Adds φ(k) [v | 1] of one token, fk (B, Hk, 1, F), v (B, Hk, 1, D), to the state (B, Hk, F, D + 1), in place."""
+    s += only(fk, counts).to(s.dtype).transpose(-1, -2) * with_ones(v, s.dtype)
 
 
 def prefill_cost(spec: Linear, shape: Shape, length: int) -> Cost:

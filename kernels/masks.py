@@ -11,52 +11,15 @@ before any reordering. A predicate over an axis of the grid holds only between t
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+
+from .masks_checks import as_counts, check_choice, check_count, check_number
 
 GRID_AXES = {1: ("n",), 2: ("h", "w"), 3: ("t", "h", "w")}
 AXES = ("i", "n", "t", "h", "w", "p")
 SEGMENTS = ("*", "text", "grid")
-
-
-def suggest(given: object, known: Iterable[str]) -> str:
-    """`: did you mean 'band'?`, or nothing when nothing is close."""
-    close = difflib.get_close_matches(str(given), list(known), n=1)
-    return f": did you mean {close[0]!r}?" if close else ""
-
-
-def check_choice(name: str, value: object, known: Iterable[str]) -> None:
-    """Raises a ValueError that suggests what was meant."""
-    known = tuple(known)
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}{suggest(value, known)}")
-
-
-def check_count(name: str, value: object, least: int, none: bool = False) -> None:
-    """Raises a ValueError unless `value` is a whole number of at least `least` (or None, where that is allowed)."""
-    if none and value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        or_none = " or None" if none else ""
-        raise ValueError(f"{name} must be a whole number of at least {least}{or_none}, not {value!r}")
-
-
-def check_number(name: str, value: object, above: float) -> None:
-    """Raises a ValueError unless `value` is a finite number greater than `above`."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < math.inf:
-        raise ValueError(f"{name} must be a number greater than {above:g}, not {value!r}")
-
-
-def as_counts(name: str, value: object, least: int) -> tuple[int, ...]:
-    """The sequence of whole numbers as a tuple, checked."""
-    if not isinstance(value, tuple | list) or not value:
-        raise ValueError(f"{name} must be a sequence of whole numbers, not {value!r}")
-    for number in value:
-        check_count(f"each number of {name}", number, least)
-    return tuple(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +96,10 @@ class Band:
 
     The coordinates are (c + offset) // unit: with unit > 1 the band is over whole tiles, frames or groups.
     `dilation` d: only every d-th key counts, those with the query's remainder mod d; left and right count these.
-    `stride` s: s queries in a row share the window of their leader, the middle one (the last where right = 0).
-    `edge`: `cut` keeps what of the window lies on the grid; `clamp` shifts the window inward, so that every query has
-    left + right + 1 keys (neighbourhood attention). right = 0 is causal along the axis: windows end at the query and
-    are always cut. Closed form of Generalized Neighborhood Attention (Hassani et al., 2025).
+    `stride` s: s queries in a row share the window of their leader, the middle one (the last where causal).
+    `edge`: `cut` keeps what of the window lies on the grid, and with right = 0 it is causal along the axis, windows
+    end at the query; `clamp` shifts the window inward, so that every query has left + right + 1 keys. Both are the
+    closed form of Generalized Neighborhood Attention (Hassani et al., 2025).
     """
 
     axis: str

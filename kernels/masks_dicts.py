@@ -13,7 +13,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from .masks import PREDICATES, Layout, Mask, Predicate, Term, suggest
+from .masks import PREDICATES, Layout, Mask, Predicate, Term
+from .masks_checks import suggest
 from .masks_patterns import PATTERNS
 
 NAMES = {cls: name for name, cls in PREDICATES.items()}
@@ -44,7 +45,7 @@ def mask_from_dict(given: Mapping[str, Any]) -> Mask:
         return Mask(terms=tuple(_term_from_dict(term, f"terms[{n}]") for n, term in enumerate(terms)))
     name = given["pattern"]
     settings = {key: value for key, value in given.items() if key != "pattern"}
-    if name not in PATTERNS:
+    if not isinstance(name, str) or name not in PATTERNS:
         raise ValueError(f"no pattern {name!r}{suggest(name, PATTERNS)}; known are {', '.join(sorted(PATTERNS))}")
     return _build(PATTERNS[name], settings, f"pattern {name!r}")  # type: ignore[no-any-return]
 

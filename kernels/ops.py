@@ -109,7 +109,7 @@ def mixed_attention(
         lse=lse,
         linear=linear if separate else None,
         den=den if separate else None,
-        state=state if branch is not None and custom_ops.stateful(p) else None,
+        state=state.detach() if branch is not None and custom_ops.stateful(p) else None,
     )
 
 
@@ -142,7 +142,7 @@ def linear_attention(
     name = choose("linear_forward", p, fq, backend)
     cu = (None, None, []) if varlen is None else (varlen.cu_q, varlen.cu_k, [varlen.max_q, varlen.max_k])
     o, _, after = custom_ops.linear(fq, fk, v, causal, normalize, state, *cu, name)
-    return o, after if causal else None
+    return o, after.detach() if causal else None
 
 
 def retention(
@@ -195,7 +195,7 @@ def retention(
     o, after = custom_ops.retain(
         q, k, v, at, scale, window, keep, sinks, block, held, float(softcap), sink_logits, name
     )
-    return o, tuple(after)
+    return o, tuple(x.detach() for x in after)
 
 
 def decode_step(

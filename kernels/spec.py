@@ -96,6 +96,30 @@ class Hybrid:
         _feature_map(self.feature_map)
 
 
+@operator("retention")
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Softmax over the first `sinks` tokens, the last `window` and the `keep` older ones that were read most.
+
+    What an old token is worth is the attention it received from rows at half the window or more. The window moves in
+    steps of `block` tokens, so a row reads its last window − block + 1 to window tokens; results do not depend on how
+    the tokens arrive. `block` 1 is the strict definition, larger ones are faster.
+    """
+
+    window: int = 64
+    keep: int = 64
+    sinks: int = 4
+    block: int = 16
+
+    def __post_init__(self) -> None:
+        _count("window", self.window, 1)
+        _count("keep", self.keep, 0)
+        _count("sinks", self.sinks, 0)
+        _count("block", self.block, 1)
+        if self.block > self.window:
+            raise ValueError(f"block must be at most the window, {self.window}, not {self.block}")
+
+
 def spec_from_dict(given: Mapping[str, Any]) -> Spec:
     """The spec that `{"operator": "window", "size": 128}` describes.
 

@@ -101,7 +101,7 @@ def _join(terms: Terms, tail: Tensor, branch: Branch) -> Terms:
     near, far = torch.exp(torch.where(terms.total[:, where] > 0, top - shift, 0.0)), torch.exp(c - shift)
     number = terms.number[:, where] * near + tail[..., :-1] * far
     total = terms.total[:, where] * near + tail[..., -1:] * far
-    if len(where) == len(branch.index):
+    if where == list(range(len(branch.index))):
         return Terms(number, total, shift)
     index = torch.tensor(where, device=tail.device)
     changed = zip((terms.number, terms.total, terms.top), (number, total, shift), strict=True)

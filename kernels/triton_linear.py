@@ -43,7 +43,7 @@ def _place(cu, n, length, VARLEN: tl.constexpr):
 def _tile(base, start, within, stride, column, rows, columns):
     """Rows start + within × columns from memory, zero beyond `rows` and `columns`. Offsets of a tile fit into i32."""
     live = (within < rows - start)[:, None] & (column < columns)[None, :]
-    base += start.to(tl.int64) * stride
+    base += tl.cast(start, tl.int64) * stride
     return tl.load(base + within[:, None] * stride + column[None, :], mask=live, other=0.0)
 
 
@@ -152,16 +152,15 @@ def _scan(
 @triton.jit
 def _carry(
     q, k, v, sums, o, den, cu, q_b, q_h, q_r, k_b, k_h, k_r, v_b, v_h, v_r, o_b, o_h, o_r, heads, length, segments,
-    F, D, normalize, GROUP: tl.constexpr, HEADS: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr,
-    BF: tl.constexpr, BD: tl.constexpr, VARLEN: tl.constexpr, T: tl.constexpr,
+    F, D, normalize, GROUP: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr, BF: tl.constexpr,
+    BD: tl.constexpr, VARLEN: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Causal outputs of a segment for HEADS query heads of one KV head: the state stays in registers, BF ≥ F."""
+    """Causal outputs of a segment, for one query head: the state stays in registers, BF ≥ F."""
     parts = tl.cdiv(D, BD)
-    per: tl.constexpr = GROUP // HEADS
     pid = tl.program_id(0)
     part = pid % parts
-    first_head = pid // parts % per * HEADS
-    pid = pid // (parts * per)
+    inner = pid // parts % GROUP
+    pid = pid // (parts * GROUP)
     segment = pid % segments
     g = pid // segments % heads
     n = pid // (segments * heads)
@@ -175,30 +174,35 @@ def _carry(
     d = part * BD + tl.arange(0, BD)
     base = sums + ((n * heads + g).to(tl.int64) * segments + segment) * (F * D + F)
     s = tl.load(base + f[:, None] * D + d[None, :], mask=(f < F)[:, None] & (d < D)[None, :], other=0.0)
-    z = tl.load(base + F * D + f, mask=f < F, other=0.0)
+    # z stands in all 16 columns of a tile, for the tensor cores: a row product would hold q and k in registers
+    z = tl.load(base + F * D + f, mask=f < F, other=0.0)[:, None] + tl.zeros((BF, 16), tl.float32)
+    ones = tl.full((CHUNK, 16), 1.0, T)
     k_base = k + b * k_b.to(tl.int64) + g * k_h.to(tl.int64) + first * k_r
     v_base = v + b * v_b.to(tl.int64) + g * v_h.to(tl.int64) + first * v_r
+    h = (g * GROUP + inner).to(tl.int64)
+    q_base = q + b * q_b.to(tl.int64) + h * q_h + first * q_r
+    o_base = o + b * o_b.to(tl.int64) + h * o_h + first * o_r
     within = tl.arange(0, CHUNK)
     for c in range(begin, end, CHUNK):
         kt = _tile(k_base, c, within, k_r, f, end, F)
         vt = _tile(v_base, c, within, v_r, d, end, D)
         low = s.to(T)
-        for j in tl.static_range(HEADS):
-            h = (g * GROUP + first_head + j).to(tl.int64)
-            qt = _tile(q + b * q_b.to(tl.int64) + h * q_h + first * q_r, c, within, q_r, f, end, F)
-            a = tl.dot(qt, tl.trans(kt))
-            a = tl.where(within[:, None] >= within[None, :], a, 0.0)
-            total = tl.sum(a, 1) + tl.sum(qt.to(tl.float32) * z[None, :], 1)
-            acc = tl.dot(qt, low)
-            acc = tl.dot(a.to(T), vt, acc)
-            acc = acc / tl.where(normalize != 0, total + NORMAL, 1.0)[:, None]
-            live = within < end - c
-            at = o + b * o_b.to(tl.int64) + h * o_h + (first + c) * o_r + within[:, None] * o_r + d[None, :]
-            tl.store(at, acc.to(o.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
-            if part == 0:
-                tl.store(den + (b * heads * GROUP + h) * length + first + c + within, total, mask=live)
+        high = z.to(T)
+        rest = (z - high.to(tl.float32)).to(T)  # the denominator keeps 16 bits
+        qt = _tile(q_base, c, within, q_r, f, end, F)
+        a = tl.dot(qt, tl.trans(kt))
+        a = tl.where(within[:, None] >= within[None, :], a, 0.0)
+        total = tl.sum(a, 1) + tl.max(tl.dot(qt, rest, tl.dot(qt, high)), 1)
+        acc = tl.dot(qt, low)
+        acc = tl.dot(a.to(T), vt, acc)
+        acc = acc / tl.where(normalize != 0, total + NORMAL, 1.0)[:, None]
+        live = within < end - c
+        at = o_base + tl.cast(c, tl.int64) * o_r + within[:, None] * o_r + d[None, :]
+        tl.store(at, acc.to(o.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
+        if part == 0:
+            tl.store(den + (b * heads * GROUP + h) * length + first + c + within, total, mask=live)
         s = tl.dot(tl.trans(kt), vt, s)
-        z += tl.sum(kt.to(tl.float32), 0)
+        z = tl.dot(tl.trans(kt), ones, z)
 
 
 @triton.jit
@@ -287,18 +291,17 @@ def mode(*tensors: Tensor) -> Mode:
 
 def carry_tiles(arch: str, features: int, dim: int) -> Tiles | None:
     """Of `_carry`, whose state must fit into registers; None where it does not."""
-    bf = max(64, triton.next_power_of_2(features))
-    if bf > 512 or arch.startswith("gfx"):
+    if arch not in ("sm_90", "sm_100") or features > 128:
         return None
-    bd = min(max(64, triton.next_power_of_2(dim)), 16384 // bf, 128)
-    return Tiles(segment=512, chunk=64, bf=bf, bd=bd, warps=8, stages=2 if bf <= 128 else 1)
+    bf, bd = 64 if features <= 64 else 128, 64 if dim <= 64 else 128
+    return Tiles(segment=512, chunk=64, bf=bf, bd=bd, warps=8, stages=2)
 
 
 def reduce_tiles(arch: str, m: Mode) -> Tiles:
     """Of `_sums` where a segment is long."""
     if m.half:
         return Tiles(segment=512, chunk=64, bf=64, bd=64, warps=4, stages=2)
-    return Tiles(segment=512, chunk=32, bf=32, bd=32, warps=4, stages=2)
+    return Tiles(segment=512, chunk=32, bf=32, bd=32, warps=8 if m.precision == "ieee" else 4, stages=1)
 
 
 def chunk_tiles(arch: str, m: Mode) -> Tiles:
@@ -407,11 +410,10 @@ def linear_forward(p: Linear) -> tuple[Tensor, Tensor, Tensor | None]:
     strides = [x.stride(i) for x in (p.fq, p.fk, p.v, o) for i in range(3)]
     packed = p.varlen
     if carried is not None:
-        heads = 2 if s.group % 2 == 0 and carried.bf <= 128 else 1
-        grid = (s.count * s.groups * sums.shape[2] * (s.group // heads) * triton.cdiv(s.dim, carried.bd),)
+        grid = (s.count * s.heads * sums.shape[2] * triton.cdiv(s.dim, carried.bd),)
         _carry[grid](
             p.fq, p.fk, p.v, sums, o, den, o if packed is None else packed.cu_k, *strides, s.groups, p.fq.shape[2],
-            sums.shape[2], s.features, s.dim, int(p.normalize), GROUP=s.group, HEADS=heads, SEGMENT=carried.segment,
+            sums.shape[2], s.features, s.dim, int(p.normalize), GROUP=s.group, SEGMENT=carried.segment,
             CHUNK=carried.chunk, BF=carried.bf, BD=carried.bd, VARLEN=packed is not None, T=m.dtype,
             num_warps=carried.warps, num_stages=carried.stages,
         )  # fmt: skip
@@ -471,15 +473,14 @@ def variants(arch: str) -> Iterator[Variant]:
             }  # fmt: skip
             label = f"linear apply {name}{' causal' * causal}{' packed' * packed}"
             yield describe(label, _apply, types(name), constants, c.warps, c.stages)
-    for features, dim in ((64, 64), (64, 128), (128, 64), (128, 128), (256, 64), (512, 32)):
+    for features, dim, packed in ((f, d, x) for f in (64, 128) for d in (64, 128) for x in both):
         t = carry_tiles(arch, features, dim)
-        for heads, packed in ((x, y) for x in (1, 2) for y in both if t is not None and (x == 1 or t.bf <= 128)):
-            assert t is not None
+        if t is not None:
             constants = {
-                "GROUP": 2, "HEADS": heads, "SEGMENT": t.segment, "CHUNK": t.chunk, "BF": t.bf, "BD": t.bd,
-                "VARLEN": packed, "T": tl.bfloat16,
+                "GROUP": 2, "SEGMENT": t.segment, "CHUNK": t.chunk, "BF": t.bf, "BD": t.bd, "VARLEN": packed,
+                "T": tl.bfloat16,
             }  # fmt: skip
-            label = f"linear carry {t.bf}x{t.bd}, {heads} heads{' packed' * packed}"
+            label = f"linear carry {t.bf}x{t.bd}{' packed' * packed}"
             yield describe(label, _carry, types("bf16"), constants, t.warps, t.stages)
     for total, reverse, start in ((True, False, True), (False, False, True), (False, True, False), (True, True, False)):
         constants = {

@@ -25,8 +25,23 @@ from torch import Tensor
 
 from .problem import EPS, Linear
 from .triton_common import Variant, architecture
-from .triton_linear import Mode, Tiles, chunk_tiles, describe, mode, modes, plan, reduce_segments, reduce_tiles
-from .triton_linear import _dot, _dot_state, _place, _tile, scan_segments, types
+from .triton_linear import (
+    Mode,
+    Tiles,
+    _dot,
+    _dot_state,
+    _place,
+    _tile,
+    chunk_tiles,
+    describe,
+    mode,
+    modes,
+    plan,
+    reduce_segments,
+    reduce_tiles,
+    scan_segments,
+    types,
+)
 
 NORMAL = tl.constexpr(EPS)
 
@@ -209,7 +224,7 @@ def linear_backward(p: Linear, o: Tensor, den: Tensor, do: Tensor) -> tuple[Tens
     """dφ(q), dφ(k), dv, in the dtypes of the inputs. Nothing flows into the initial state."""
     s, m, arch = plan(p), mode(p.fq, p.fk, p.v), architecture()
     do = do if do.stride(-1) == 1 else do.contiguous()
-    chunks, r = chunk_tiles(arch, m), reduce_tiles(arch, m)
+    chunks, r = backward_tiles(arch, m), reduce_tiles(arch, m)
     if p.causal:
         r = dataclasses.replace(r, segment=chunks.segment)
     weights = _row_terms(p, o, den, do) if p.normalize else None
@@ -237,6 +252,12 @@ def linear_backward(p: Linear, o: Tensor, den: Tensor, do: Tensor) -> tuple[Tens
             p.fq, p.fk, do, *few[:2], *few[3:], *_strides(p.fq, p.fk, do), *sizes, **_constants(p, chunks, m)
         )
     return dq, dk, dv
+
+
+def backward_tiles(arch: str, m: Mode) -> Tiles:
+    """As in the forward; older chips have no registers left for loads ahead."""
+    t = chunk_tiles(arch, m)
+    return dataclasses.replace(t, stages=1) if arch in ("sm_80", "sm_89") else t
 
 
 def _row_terms(p: Linear, o: Tensor, den: Tensor, do: Tensor) -> Tensor:
@@ -283,7 +304,7 @@ def variants(arch: str) -> Iterator[Variant]:
     """What `linear_backward` launches beside the kernels of the forward. GROUP is a loop bound: 2 stands for all."""
     both = (False, True)
     for name, m in modes(arch).items():
-        t = chunk_tiles(arch, m)
+        t = backward_tiles(arch, m)
         for dim in (64, 256):
             constants: dict[str, Any] = {"ROWS": 32, "BD": dim}
             yield describe(f"linear backward rows {name} {dim}", _rows, types(name), constants, 4, 3)

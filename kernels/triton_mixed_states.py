@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import Blocks, Branch, Ranges, Softmax
-from .triton_mixed_parts import branch_type, cumulative, lists_of, sequence, sizes_of, strides, tile, window_of
+from .triton_mixed_host import branch_type, cumulative, lists_of, sizes_of, strides
+from .triton_mixed_tiles import sequence, window_of
 
 BLOCKS, BEFORE, AFTER = 0, 1, 2  # pieces: plain blocks, what windows leave on the left, on the right
 IS_BEFORE, IS_AFTER = tl.constexpr(BEFORE), tl.constexpr(AFTER)
@@ -168,49 +169,226 @@ def unlist_kernel(starts, counts, columns, left, blocks, width, BLOCK: tl.conste
         tl.store(left + row.to(tl.int64) * width + column, tl.zeros((BLOCK,), tl.uint8), mask=live)
 
 
-@triton.jit(do_not_specialize=["blocks", "length", "out_blocks", "shift", "list_b", "list_g", "left_to", "left_from"])
+@triton.jit(do_not_specialize=["rows", "keys", "blocks", "out_blocks", "list_b", "list_g"])
 def gather_kernel(
-    left, sums, out, group_map, cu_q, cu_k, rows, keys, blocks, out_blocks, branches, list_b, list_g, left_to, left_from,
-    WIDTH: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, CAUSAL: tl.constexpr, BACK: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, TYPE: tl.constexpr, SPLIT: tl.constexpr,
+    left, sums, out, group_map, cu_q, cu_k, rows, keys, blocks, out_blocks, branches, groups, list_b, list_g,
+    left_to, left_from, WIDTH: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, CAUSAL: tl.constexpr,
+    BACK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, TYPE: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[m] = Σ_n left[m, n] · sums[n], m being query blocks and n key blocks, or where BACK the other way round.
 
-    SPLIT multiplies fp32 sums as two bf16 parts; 0 and 1 are exact in any type.
+    SPLIT multiplies fp32 sums as two bf16 parts; the 0 and 1 of `left` are exact in any type.
     """
-    m0 = tl.program_id(0) * BM
-    e = tl.program_id(1) * BW + tl.arange(0, BW)
-    lane = tl.program_id(2)
-    groups = tl.num_programs(2) // 1
-    g = lane
-    n = lane
-    tl.static_assert(WIDTH > 0)
-    _ = groups
-    g = lane % branches
-    n = lane // branches
-    t = g
-    group = tl.load(group_map + t)
-    _, rows = sequence(cu_q, n, rows)
-    _, keys = sequence(cu_k, n, keys)
-    shift = keys - rows
-    m = m0 + tl.arange(0, BM)
-    base = (n * branches + t).to(tl.int64)
-    row = left + (n * list_b + group * list_g).to(tl.int64)
-    acc = tl.zeros((BM, BW), tl.float32)
-    for c in range(0, blocks, BN):
-        source = c + tl.arange(0, BN)
-        live = (m < out_blocks)[:, None] & (source < blocks)[None, :]
-        free = tl.load(row + m[:, None] * left_to + source[None, :] * left_from, mask=live, other=0)
-        if CAUSAL:
+    g = tl.program_id(2) % groups
+    n = tl.program_id(2) // groups
+    t = tl.load(group_map + g)
+    if t >= 0:
+        _, rows = sequence(cu_q, n, rows)
+        _, keys = sequence(cu_k, n, keys)
+        shift = keys - rows
+        m0 = tl.program_id(0) * BM
+        m = m0 + tl.arange(0, BM)
+        e = tl.program_id(1) * BW + tl.arange(0, BW)
+        base = (n * branches + t).to(tl.int64)
+        row = left + (n * list_b + g * list_g).to(tl.int64)
+        begin = m0 * 0
+        end = blocks
+        if CAUSAL:  # key block x counts for query block y if (x + 1) · BK ≤ y · BQ + shift
             if BACK:
-                free = tl.where((m + 1)[:, None] * BK <= source[None, :] * BQ + shift, free, 0)
+                begin = tl.maximum(((m0 + 1) * BK - shift) // BQ, 0) // BN * BN
             else:
-                free = tl.where((source + 1)[None, :] * BK <= m[:, None] * BQ + shift, free, 0)
-        place = (base * blocks + source)[:, None] * WIDTH + e[None, :]
-        x = tl.load(sums + place, mask=(source < blocks)[:, None] & (e < WIDTH)[None, :], other=0.0)
-        high = x.to(TYPE)
-        acc = tl.dot(free.to(TYPE), high, acc, input_precision="ieee")
-        if SPLIT:
-            acc = tl.dot(free.to(TYPE), (x - high.to(tl.float32)).to(TYPE), acc, input_precision="ieee")
-    place = (base * out_blocks + m)[:, None] * WIDTH + e[None, :]
-    tl.store(out + place, acc.to(out.dtype.element_ty), mask=(m < out_blocks)[:, None] & (e < WIDTH)[None, :])
+                end = tl.minimum(blocks, tl.maximum((m0 + BM - 1) * BQ + shift, 0) // BK)
+        acc = tl.zeros((BM, BW), tl.float32)
+        for c in range(begin, end, BN):
+            source = c + tl.arange(0, BN)
+            live = (m < out_blocks)[:, None] & (source < blocks)[None, :]
+            free = tl.load(row + m[:, None] * left_to + source[None, :] * left_from, mask=live, other=0)
+            if CAUSAL:
+                if BACK:
+                    past = ((m + 1) * BK)[:, None] <= (source * BQ + shift)[None, :]
+                else:
+                    past = ((source + 1) * BK)[None, :] <= (m * BQ + shift)[:, None]
+                free = tl.where(past, free, 0)
+            place = (base * blocks + source)[:, None] * WIDTH + e[None, :]
+            x = tl.load(sums + place, mask=(source < blocks)[:, None] & (e < WIDTH)[None, :], other=0.0)
+            high = x.to(TYPE)
+            acc = tl.dot(free.to(TYPE), high, acc, input_precision=PRECISION)
+            if SPLIT:
+                acc = tl.dot(free.to(TYPE), (x - high.to(tl.float32)).to(TYPE), acc, input_precision=PRECISION)
+        place = (base * out_blocks + m)[:, None] * WIDTH + e[None, :]
+        tl.store(out + place, acc.to(out.dtype.element_ty), mask=(m < out_blocks)[:, None] & (e < WIDTH)[None, :])
+
+
+# --------------------------------------------------------------------------------------------------------- on the host
+
+
+@dataclass(frozen=True)
+class States:
+    """Σ φ vᵀ: kv (sequences · Ht, count, F, D), Σ φ: z (sequences · Ht, count, F) fp32; one per `chunk` tokens."""
+
+    kv: Tensor
+    z: Tensor
+    chunk: int
+
+    @property
+    def count(self) -> int:
+        return self.kv.shape[1]
+
+
+@dataclass(frozen=True)
+class SumTiles:
+    """Tokens, features and values of a tile, warps and stages."""
+
+    tokens: int
+    features: int
+    values: int
+    warps: int
+    stages: int
+
+
+def sum_tiles(arch: str, half: bool) -> SumTiles:
+    """For `sums_kernel`; `half` is bf16 multiplication, otherwise fp32."""
+    if half:
+        return SumTiles(64, 128, 128, 8, 1 if arch == "gfx942" else 2)
+    return SumTiles(32, 64, 64, 4, 1)
+
+
+def gather_tiles(arch: str, half: bool, split: bool) -> SumTiles:
+    """For `gather_kernel`: `tokens` are source blocks, `features` target blocks, `values` columns."""
+    if half:
+        return SumTiles(32 if split else 64, 64, 128, 4, 1 if arch == "gfx942" else 2)
+    return SumTiles(16, 32, 64, 4, 1)
+
+
+def chunk_of(p: Softmax, branch: Branch) -> int:
+    """Rows between two states: 128, and 256 where the states would take much memory."""
+    s = sizes_of(p)
+    numbers = s.count * branch.fk.shape[1] * (s.rows // 128) * branch.fk.shape[3] * s.dim
+    return 256 if numbers > ROOM else 128
+
+
+def tile_sums(
+    p: Softmax,
+    branch: Branch,
+    arch: str,
+    pieces: int,
+    chunk: int,
+    count: int,
+    dtype: torch.dtype,
+    rows: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> States:
+    """Sums of `count` pieces over the keys, or over `rows`: values (B, H or Ht · G, Q, D), gain and shift of each."""
+    s, (branches, width) = sizes_of(p), branch.fk.shape[1::2]
+    kind, precision = branch_type(branch.fq, branch.fk, p.v)
+    t = sum_tiles(arch, kind == tl.bfloat16)
+    bf, bd = min(t.features, triton.next_power_of_2(max(width, 16))), min(t.values, triton.next_power_of_2(s.dim))
+    bd = max(bd, 16)
+    kv = torch.empty(s.count * branches, count, width, s.dim, dtype=dtype, device=p.q.device)
+    z = torch.empty(s.count * branches, count, width, dtype=torch.float32, device=p.q.device)
+    features, values = (branch.fk, p.v) if rows is None else (branch.fq, rows[0])
+    cu_q, cu_k = cumulative(p)
+    grid = (count * triton.cdiv(width, bf) * triton.cdiv(s.dim, bd), s.groups, s.count)
+    sums_kernel[grid](
+        features, values, None if rows is None else rows[1], None if rows is None else rows[2], branch.groups,
+        p.where.window if isinstance(p.where, Ranges) else None, cu_q, cu_k, kv, z, *strides(features),
+        *strides(values), p.q.shape[2], chunk, count, s.rows, s.keys, branches, s.groups, DIM=s.dim, FEATURES=width,
+        GROUP=1 if rows is None else s.per, PIECES=pieces, ROWS=rows is not None,
+        BRANCH_VALUES=rows is not None and not branch.shared, BT=t.tokens, BF=bf, BD=bd, TYPE=kind,
+        PRECISION=precision, num_warps=t.warps, num_stages=t.stages,
+    )  # fmt: skip
+    return States(kv, z, chunk)
+
+
+BLOCK, STEP = 256, 8  # columns and pieces that a program of `scan_kernel` takes at once
+
+
+def scanned(
+    x: States,
+    branches: int,
+    dtype: torch.dtype,
+    reverse: bool,
+    state: Tensor | None = None,
+    final: Tensor | None = None,
+) -> States:
+    """Inclusive running sums along the pieces, in place where the dtype allows."""
+    lanes, count, width, dim = x.kv.shape
+    kv = x.kv if dtype == x.kv.dtype else torch.empty_like(x.kv, dtype=dtype)
+    grid = (triton.cdiv(width * dim, BLOCK) + triton.cdiv(width, BLOCK), lanes)
+    if state is not None and state.stride(-1) != 1:
+        state = state.contiguous()
+    scan_kernel[grid](
+        x.kv, x.z, kv, x.z, state, final, *strides(state), count, branches, DIM=dim, FEATURES=width, REVERSE=reverse,
+        BLOCK=BLOCK, STEP=STEP, num_warps=4,
+    )  # fmt: skip
+    return States(kv, x.z, x.chunk)
+
+
+def unlisted(p: Softmax) -> Tensor:
+    """(lists, NQ, NK) uint8: 1 where a list does not name a block; NK is rounded up for aligned loads."""
+    assert isinstance(p.where, Blocks)
+    s, given = sizes_of(p), lists_of(p.where)
+    assert given.starts is not None
+    b, h, blocks = given.starts.shape
+    width = triton.cdiv(triton.cdiv(s.keys, given.block[1]), 16) * 16
+    left = torch.ones(b * h, blocks, max(width, 16), dtype=torch.uint8, device=p.q.device)
+    grid = (blocks, b * h)
+    if blocks and given.columns is not None and given.columns.numel():
+        unlist_kernel[grid](
+            given.starts, given.counts, given.columns, left, blocks, left.shape[2], BLOCK=128, num_warps=4
+        )  # fmt: skip
+    return left
+
+
+def gathered(p: Softmax, branch: Branch, arch: str, x: States, left: Tensor, dtype: torch.dtype, back: bool) -> States:
+    """Sums of key blocks → states of query blocks that do not list them, or where `back` the other way round."""
+    assert isinstance(p.where, Blocks)
+    s, (bq, bk) = sizes_of(p), p.where.block
+    kind, precision = branch_type(branch.fq, branch.fk, p.v)
+    width, count = branch.fk.shape[3], triton.cdiv(s.keys, bk) if back else left.shape[1]
+    lanes = x.kv.shape[0]
+    kv = torch.empty(lanes, count, width, s.dim, dtype=dtype, device=x.kv.device)
+    z = torch.empty(lanes, count, width, dtype=torch.float32, device=x.kv.device)
+    cu_q, cu_k = cumulative(p)
+    lists_b, lists_h = p.where.starts.shape[:2]
+    block = left.shape[1] * left.shape[2]
+    list_b, list_g = block * lists_h if lists_b > 1 else 0, block if lists_h > 1 else 0
+    to, source = (1, left.shape[2]) if back else (left.shape[2], 1)
+    for given, out in ((x.kv, kv), (x.z, z)):
+        half = kind == tl.bfloat16
+        split = half and given.dtype == torch.float32
+        t, columns = gather_tiles(arch, half, split), out[0, 0].numel()
+        grid = (triton.cdiv(count, t.features), triton.cdiv(columns, t.values), s.count * s.groups)
+        gather_kernel[grid](
+            left, given, out, branch.groups, cu_q, cu_k, s.rows, s.keys, x.count, count, branch.fk.shape[1], s.groups,
+            list_b, list_g, to, source, WIDTH=columns, BQ=bq, BK=bk, CAUSAL=p.causal, BACK=back, BM=t.features,
+            BN=t.tokens, BW=t.values, TYPE=kind, SPLIT=split,
+            PRECISION=precision if given is x.kv else "ieee", num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+    return States(kv, z, bk if back else bq)
+
+
+def key_states(
+    p: Softmax, branch: Branch, arch: str, dtype: torch.dtype, chunk: int | None = None, left: Tensor | None = None
+) -> tuple[list[States], Tensor | None]:
+    """What each row block reads: states in `dtype`, one list entry per side, and the state after the last key.
+
+    Windows give one state per `chunk` rows (two sides where not causal), lists one per query block.
+    """
+    s, (branches, width) = sizes_of(p), branch.fk.shape[1::2]
+    if isinstance(p.where, Blocks):
+        blocks = max(1, triton.cdiv(s.keys, p.where.block[1]))
+        sums = tile_sums(p, branch, arch, BLOCKS, p.where.block[1], blocks, dtype)
+        return [gathered(p, branch, arch, sums, unlisted(p) if left is None else left, dtype, False)], None
+    chunk = chunk_of(p, branch) if chunk is None else chunk
+    count = triton.cdiv(s.rows, chunk)
+    final = None
+    if p.causal and p.varlen is None:
+        final = torch.empty(s.count, branches, width, s.dim + 1, dtype=torch.float32, device=p.q.device)
+    before = tile_sums(p, branch, arch, BEFORE, chunk, count + 1, torch.float32)
+    sides = [scanned(before, branches, dtype, False, branch.state, final)]
+    if not p.causal:
+        sides.append(
+            scanned(tile_sums(p, branch, arch, AFTER, chunk, max(count, 1), torch.float32), branches, dtype, True)
+        )
+    return sides, final

@@ -174,6 +174,7 @@ def test_a_back_end_that_cannot_run_says_why_and_nothing_else_takes_its_place():
 
 def test_the_choice_is_said_once(caplog, monkeypatch):
     monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.delenv("ATTNCONVERT_BACKEND", raising=False)
     given = good()
     q, k, v, where = (given.pop(x) for x in ("q", "k", "v", "where"))
     with caplog.at_level(logging.INFO, logger="attnconvert.kernels"):

@@ -35,6 +35,7 @@ def install():
     interpreter._validate_np_data_size = fits
     handle.__post_init__ = made
     BUILDER.get_bf16 = lambda self, value: handle(np.array([value], dtype=np.float32), tl.bfloat16)
+    interpreter._patch_lang_tensor = with_index(interpreter._patch_lang_tensor)
     BUILDER.create_masked_load = load
     BUILDER.create_masked_store = store
     BUILDER.cast_impl = cast
@@ -162,6 +163,16 @@ def dot(self, a, b, d, input_precision, *more, **named):
         a, b = (interpreter.TensorHandle(round_tf32(x.data), tl.float32) for x in (a, b))
     with np.errstate(over="ignore", invalid="ignore"):
         return _original["create_dot"](self, a, b, d, input_precision, *more, **named)
+
+
+def with_index(original):
+    """Triton 3.6 makes an integer of an array of one element, which numpy 2.4 refuses: loops over a scalar need it."""
+
+    def patch(tensor, *more):
+        original(tensor, *more)
+        tensor.__index__ = lambda self: int(np.asarray(self.handle.data).reshape(-1)[0])
+
+    return patch
 
 
 def no_atomics(original):

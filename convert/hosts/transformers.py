@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
@@ -83,13 +82,10 @@ class SiteOperators(nn.Module):
         self.active = True
         self.observer: Observer | None = None
         self.layer: OperatorLayer | None = None
-        self.parts = [(s, _run([i for i, x in enumerate(specs) if x == s])) for s in dict.fromkeys(specs)]
         group = site.heads // site.kv_heads
-        self.query_heads = [_run([h * group + g for h in _members(kv) for g in range(group)]) for _, kv in self.parts]
-        order = [h for q in self.query_heads for h in _members(q)]
-        self.inverse = None if order == sorted(order) else [order.index(h) for h in range(site.heads)]
-        for spec, kv in self.parts:
-            heads = len(_members(kv))
+        self.parts = [(s, tuple(i for i, x in enumerate(specs) if x == s)) for s in dict.fromkeys(specs)]
+        for spec, groups in self.parts:
+            heads = len(groups)
             learned = operators.of(spec).parameters(spec, heads * group, heads, site.dim)
             if learned is not None:
                 self.add_module(label(spec), learned)
@@ -130,6 +126,7 @@ class SiteOperators(nn.Module):
             softcap=softcap,
             sink_logits=s_aux,
             limit=sliding_window,
+            keep=self.layer is not None,
         )
         o: Tensor = self(query, key, value, call)
         return o.transpose(1, 2)
@@ -142,29 +139,14 @@ class SiteOperators(nn.Module):
     def operate(self, q: Tensor, k: Tensor, v: Tensor, call: Call, student: bool) -> Tensor:
         """Attention as the student does it, or as the teacher. Shapes as in `forward`."""
         layer, self.layer = self.layer, None
-        parts = self.parts if student else [(Full(), slice(None))]
-        states = layer.begin(self, len(parts), q.shape[2]) if layer is not None else [None] * len(parts)
-        outputs = []
-        for n, (spec, kv) in enumerate(parts):
-            whole = len(parts) == 1
-            heads = None if whole else self.query_heads[n]
-            mine = (q, k, v) if whole else (q[:, heads], k[:, kv], v[:, kv])
-            o, states[n] = operators.attend(spec, *mine, call.heads(heads), states[n], self.learned(spec))
-            outputs.append(o)
+        uses = [operators.Use(Full(), tuple(range(self.site.kv_heads)))]
+        if student:
+            uses = [operators.Use(spec, groups, self.learned(spec)) for spec, groups in self.parts]
+        states = layer.begin(self, len(uses), q.shape[2]) if layer is not None else [None] * len(uses)
+        o, states = operators.attend_all(uses, q, k, v, call, states)
         if layer is not None:
             layer.states = states
-        o = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
-        return o if len(outputs) == 1 or self.inverse is None else o[:, self.inverse]
-
-
-def _run(indices: list[int]) -> Any:
-    """A slice where the indices are contiguous, so that taking those heads is a view."""
-    contiguous = indices == list(range(indices[0], indices[0] + len(indices)))
-    return slice(indices[0], indices[-1] + 1) if contiguous else indices
-
-
-def _members(run: Any) -> list[int]:
-    return list(range(run.start, run.stop)) if isinstance(run, slice) else run
+        return o
 
 
 class OperatorLayer(CacheLayerMixin):

@@ -42,9 +42,9 @@ struct Args {
     int64_t threads, causal, block_q, block_k, softmax, shared, normalize;
 };
 
-// One sequence: rows and keys of batch entry b from q0 and k0.
+// One sequence, the n-th: rows and keys of batch entry b from q0 and k0.
 struct Sequence {
-    int64_t b, q0, k0, Q, K;
+    int64_t n, b, q0, k0, Q, K;
 };
 
 inline std::vector<Sequence> sequences(const Args& a) {
@@ -54,10 +54,10 @@ inline std::vector<Sequence> sequences(const Args& a) {
     if (a.cu_q.data) {
         for (int64_t n = 0; n + 1 < a.cu_q.size[0]; n++) {
             const int64_t i = a.cu_q.integer(n), j = a.cu_k.integer(n);
-            all.push_back({0, i, j, a.cu_q.integer(n + 1) - i, a.cu_k.integer(n + 1) - j});
+            all.push_back({n, 0, i, j, a.cu_q.integer(n + 1) - i, a.cu_k.integer(n + 1) - j});
         }
     } else {
-        for (int64_t b = 0; b < q.size[0]; b++) all.push_back({b, 0, 0, q.size[2], k.size[2]});
+        for (int64_t b = 0; b < q.size[0]; b++) all.push_back({b, b, 0, 0, q.size[2], k.size[2]});
     }
     return all;
 }
@@ -108,7 +108,7 @@ inline void spans(const Args& a, const Which& x, int64_t t0, int64_t t1, std::ve
         return;
     }
     const int64_t n = t0 / (a.block_q * x.G);
-    const int64_t b = a.starts.size[0] > 1 ? x.s.b : 0, g = a.starts.size[1] > 1 ? x.g : 0;
+    const int64_t b = a.starts.size[0] > 1 ? x.s.n : 0, g = a.starts.size[1] > 1 ? x.g : 0;
     const int64_t start = a.starts.integer(b, g, n), count = a.counts.integer(b, g, n), high = x.high(last);
     for (int64_t i = start; i < start + count; i++) {
         const int64_t kind = a.kinds.data ? a.kinds.integer(i) : -1, from = a.columns.integer(i) * a.block_k;
@@ -141,6 +141,12 @@ INLINE void active(const Which& x, int64_t t0, int64_t rows, int64_t from, int64
     if (x.w > 0) last = x.t(to - 1 + x.w) - t0;
     a = clamp(first, 0, rows) / MR * MR;
     b = up(clamp(last, 0, rows), MR);
+}
+
+// What scores are multiplied by inside exp2: never 0, so that a masked score stays -inf.
+inline float score_factor(const Args& a) {
+    const double c = a.softcap > 0 ? 1.0 : std::fabs(a.scale);
+    return static_cast<float>(std::max(c * 1.4426950408889634, 1e-30));
 }
 
 // Calls run(job) for jobs 0 … n − 1 on all threads, each as it becomes free; run must not throw.

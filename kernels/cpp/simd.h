@@ -8,6 +8,7 @@
 #include <cstring>
 
 #define INLINE inline __attribute__((always_inline))
+#define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace attn {
 

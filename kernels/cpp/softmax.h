@@ -45,11 +45,11 @@ INLINE void row_bits(const Args& a, const Which& x, const uint32_t* real, const 
     }
 }
 
-INLINE void mask_row(float* s, int64_t n, const uint32_t* bits) {
+INLINE void mask_row(float* s, int64_t n, const uint32_t* bits, float masked = LOWEST) {
     constexpr uint32_t all = W == 16 ? 0xffffu : 0xffu;
     for (int64_t j = 0; j < n; j += W) {
         const uint32_t lanes = bits[j / 32] >> (j % 32) & all;
-        if (lanes != all) store(s + j, choose(lanes, set(LOWEST), load(s + j)));
+        if (lanes != all) store(s + j, choose(lanes, set(masked), load(s + j)));
     }
 }
 
@@ -93,12 +93,12 @@ INLINE void online_row(float* s, int64_t n, float c, float& m, float& l, float* 
 
 // One step of the softmax over `span` for rows t0 : t0 + rows. c is what scores are multiplied by inside exp2.
 template <class Op, class Bits>
-void step(const Args& a, const Which& x, const Packed& p, const Span& span, int64_t t0, int64_t rows, int64_t first,
+void step(const Args& a, const Packed& p, const Span& span, int64_t t0, int64_t rows, int64_t first,
           int64_t last, bool edge, const Room& r, float c, Bits bits_of) {
     const int64_t d = p.v.cols, units = p.k.depth, n = up(span.to - span.from, W);
     float* s = r.s + first * STEP;
     product<Op>(last - first, r.q + first * units, units, 1, p.k, span.from, span.from + n, 0, units, s, STEP, false);
-    if (a.softcap > 0) cap_rows(s, last - first, n, static_cast<float>(a.scale), static_cast<float>(a.softcap));
+    if (a.softcap > 0) cap_rows(s, last - first, n, static_cast<float>(std::fabs(a.scale)), static_cast<float>(a.softcap));
     for (int64_t i = first; i < std::min(last, rows); i++) {
         float* row = r.s + i * STEP;
         if (edge) {
@@ -135,7 +135,7 @@ void softmax_tile(const Args& a, const Which& x, const Packed& p, const Packed* 
     std::memset(r.o, 0, padded * d * 4);
     std::fill(r.m, r.m + padded, LOWEST);
     std::fill(r.l, r.l + padded, 0.0f);
-    const float c = a.softcap > 0 ? LOG2E : static_cast<float>(std::fabs(a.scale)) * LOG2E;
+    const float c = score_factor(a);
 
     spans(a, x, t0, t0 + rows, todo);
     for (const Span& span : todo) {
@@ -143,7 +143,7 @@ void softmax_tile(const Args& a, const Which& x, const Packed& p, const Packed* 
         active(x, t0, rows, span.from, span.to, first, last);
         if (first >= last) continue;
         const bool edge = !whole(x, p, span, t0, first, last, rows);
-        step<Op>(a, x, p, span, t0, rows, first, last, edge, r, c,
+        step<Op>(a, p, span, t0, rows, first, last, edge, r, c,
                  [&](int64_t t, uint32_t* bits) { row_bits(a, x, p.real.data(), span, t, bits); });
     }
     if (!extra || x.w < 0) return;
@@ -151,7 +151,7 @@ void softmax_tile(const Args& a, const Which& x, const Packed& p, const Packed* 
     const auto* at = reinterpret_cast<const int32_t*>(a.extra_at.at(x.s.b, x.g));
     for (int64_t c0 = 0; c0 < count; c0 += STEP) {
         const Span span{c0, std::min(c0 + STEP, count), -1, c0};
-        step<Op>(a, x, *extra, span, t0, rows, 0, padded, true, r, c, [&](int64_t t, uint32_t* bits) {
+        step<Op>(a, *extra, span, t0, rows, 0, padded, true, r, c, [&](int64_t t, uint32_t* bits) {
             const int64_t i = x.position(t);
             for (int64_t j = span.from; j < span.to; j++) {
                 const bool read = at[j] <= i - x.w || (!x.causal && at[j] >= i + x.w);

@@ -1,0 +1,193 @@
+"""The CPU back end: C++ kernels for AVX-512-BF16 and AVX2, built on first use by `cpp_build`, called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .cpp_build import library
+from .problem import (
+    Blocks,
+    Branch,
+    Extra,
+    Linear,
+    Mixed,
+    Ranges,
+    Softmax,
+    Varlen,
+)
+
+NAME = "cpp"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3, torch.bool: 4}
+INPUTS = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 4096  # numbers in a row of features
+
+
+class _Array(ctypes.Structure):
+    """`Array` of problem.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int64),
+        ("size", ctypes.c_int64 * 4),
+        ("stride", ctypes.c_int64 * 4),
+    )
+
+
+class _Args(ctypes.Structure):
+    """`Args` of problem.h."""
+
+    _fields_ = (
+        *(
+            (name, _Array)
+            for name in (
+                *("q", "k", "v", "o", "lse", "valid", "extra_k", "extra_v", "extra_at", "sink"),
+                *("cu_q", "cu_k", "starts", "counts", "columns", "kinds", "patterns"),
+                *("fq", "fk", "weight", "state", "linear", "den", "state_out"),
+                *("d_o", "d_linear", "dq", "dk", "dv", "d_extra_k", "d_extra_v", "dfq", "dfk"),
+            )
+        ),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+        ("window", ctypes.POINTER(ctypes.c_int64)),
+        ("index", ctypes.POINTER(ctypes.c_int64)),
+        *((n, ctypes.c_int64) for n in ("threads", "causal", "block_q", "block_k", "softmax", "shared", "normalize")),
+    )
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot be used here, after the first attempt to build them."""
+    found = library()
+    return found if isinstance(found, str) else None
+
+
+def refuses(function: str, problem: object) -> str | None:
+    """Why this back end does not take the problem."""
+    for name, x in _tensors(problem):
+        if x.is_floating_point() and x.dtype not in INPUTS:
+            return f"{name} is {x.dtype}: the C++ kernels take float32, bfloat16 and float16"
+        if name in ("fq", "fk") and x.shape[-1] > WIDEST:
+            return f"{name} has {x.shape[-1]} features: the C++ kernels take up to {WIDEST}"
+    return None
+
+
+def _tensors(problem: object) -> list[tuple[str, Tensor]]:
+    if isinstance(problem, Tensor):
+        return [("x", problem)]
+    fields = getattr(problem, "__dict__", {})
+    return [(name, x) for name, x in fields.items() if isinstance(x, Tensor)]
+
+
+def mixed_forward(p: Softmax, branch: Branch | None) -> Mixed:
+    """o, lse and, with a branch, its output, denominator and state: `problem.Mixed`."""
+    fill = torch.empty if p.varlen is None else torch.zeros  # packed rows may belong to no sequence
+    a = _softmax_args(p)
+    o = fill(p.q.shape, dtype=p.q.dtype)
+    lse = fill(p.q.shape[:3], dtype=torch.float32)
+    linear = den = state = None
+    if branch is not None:
+        _branch_args(a, branch)
+        if not branch.shared:
+            linear = fill(*branch.fq.shape[:3], p.v.shape[3], dtype=p.q.dtype)
+            den = fill(branch.fq.shape[:3], dtype=torch.float32)
+        if p.causal and isinstance(p.where, Ranges) and p.varlen is None:
+            b, ht, _, f = branch.fk.shape
+            state = torch.empty(b, ht, f, p.v.shape[3] + 1)
+    a.set(o=o, lse=lse, linear=linear, den=den, state_out=state)
+    a.call("attnconvert_forward")
+    return Mixed(o=o, lse=lse, linear=linear, den=den, state=state)
+
+
+def linear_forward(p: Linear) -> tuple[Tensor, Tensor, Tensor | None]:
+    """o (B, H, Q, D) in the dtype of v, den (B, H, Q) and the last state, None where not causal."""
+    fill = torch.empty if p.varlen is None else torch.zeros
+    a = _linear_args(p)
+    o = fill(*p.fq.shape[:3], p.v.shape[3], dtype=p.v.dtype)
+    den = fill(p.fq.shape[:3], dtype=torch.float32)
+    state = None
+    if p.causal:
+        count = p.fk.shape[0] if p.varlen is None else p.varlen.cu_q.shape[0] - 1
+        state = torch.empty(count, p.fk.shape[1], p.fk.shape[3], p.v.shape[3] + 1)
+    a.set(linear=o, den=den, state_out=state)
+    a.call("attnconvert_forward")
+    return o, den, state
+
+
+class _Call:
+    """The arguments of one call and the tensors that they point to."""
+
+    def __init__(self) -> None:
+        self.args = _Args()
+        self.args.threads = torch.get_num_threads()
+        self.held: list[object] = []
+
+    def set(self, **tensors: Tensor | None) -> None:
+        for name, x in tensors.items():
+            if x is not None:
+                setattr(self.args, name, self.array(x))
+
+    def array(self, x: Tensor) -> _Array:
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
+            x = x.contiguous()
+        self.held.append(x)
+        free = 4 - x.dim()
+        size, stride = (*x.shape, 1, 1, 1)[:4], (*x.stride(), 0, 0, 0)[:4]
+        assert free >= 0
+        return _Array(x.data_ptr(), DTYPES[x.dtype], size, stride)
+
+    def numbers(self, values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+        return (ctypes.c_int64 * len(values))(*values)
+
+    def call(self, name: str) -> None:
+        found = library()
+        if isinstance(found, str):
+            raise RuntimeError(found)
+        if getattr(found, name)(ctypes.byref(self.args)):
+            raise MemoryError(f"{name}: no memory for the packed keys")
+
+
+def _softmax_args(p: Softmax) -> _Call:
+    a = _Call()
+    a.set(q=p.q, k=p.k, v=p.v, valid=p.valid, sink=None if p.sink_logits is None else p.sink_logits.float())
+    a.args.scale, a.args.softcap, a.args.softmax, a.args.causal = p.scale, p.softcap, 1, p.causal
+    _where_args(a, p.where)
+    _varlen_args(a, p.varlen)
+    _extra_args(a, p.extra)
+    return a
+
+
+def _where_args(a: _Call, where: Ranges | Blocks) -> None:
+    if isinstance(where, Ranges):
+        a.args.window = a.numbers(where.sizes)
+        return
+    a.set(starts=where.starts, counts=where.counts, columns=where.columns.contiguous())
+    a.set(kinds=where.kinds, patterns=where.patterns)
+    a.args.block_q, a.args.block_k = where.block
+
+
+def _varlen_args(a: _Call, varlen: Varlen | None) -> None:
+    if varlen is not None:
+        a.set(cu_q=varlen.cu_q, cu_k=varlen.cu_k)
+
+
+def _extra_args(a: _Call, extra: Extra | None) -> None:
+    if extra is not None and extra.at.shape[2]:
+        a.set(extra_k=extra.k, extra_v=extra.v, extra_at=extra.at.contiguous())
+
+
+def _branch_args(a: _Call, branch: Branch) -> None:
+    a.set(fq=branch.fq, fk=branch.fk, state=branch.state, weight=None if branch.weight is None else branch.weight.float())
+    a.args.index, a.args.shared, a.args.normalize = a.numbers(branch.index), branch.shared, 1
+
+
+def _linear_args(p: Linear) -> _Call:
+    a = _Call()
+    groups = p.fk.shape[1]
+    a.set(fq=p.fq, fk=p.fk, v=p.v, state=p.state)
+    a.args.causal, a.args.normalize = p.causal, p.normalize
+    a.args.window, a.args.index = a.numbers([0] * groups), a.numbers(range(groups))
+    _varlen_args(a, p.varlen)
+    return a

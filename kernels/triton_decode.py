@@ -1,0 +1,271 @@
+"""One decode step in Triton: a query per sequence over any mixture of caches and linear states, in one launch.
+
+A program takes a (sequence, KV group, slice of the cache); the query heads of the group share each key that it reads. A
+table with one line of pointers and strides per KV group says where the cache of that group lies, so parts of any kind
+stand in the same launch. The table is kept on the device as long as caches stay where they are; only the numbers of
+used slots are passed anew. Where caches are long the slices are merged by a second, tiny launch.
+"""
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .problem import EPS, Decode, Part
+from .triton_common import Variant, architecture
+from .triton_linear import describe
+
+NORMAL = tl.constexpr(EPS)
+FIELDS = tl.constexpr(20)
+PARTS = 8  # kinds of caches in one launch
+TABLES = 256  # tables that are kept
+
+
+@triton.jit
+def _used(part, u0, u1, u2, u3, u4, u5, u6, u7):
+    low = tl.where(part == 0, u0, tl.where(part == 1, u1, tl.where(part == 2, u2, u3)))
+    high = tl.where(part == 4, u4, tl.where(part == 5, u5, tl.where(part == 6, u6, u7)))
+    return tl.where(part < 4, low, high)
+
+
+@triton.jit(do_not_specialize=["u0", "u1", "u2", "u3", "u4", "u5", "u6", "u7"])
+def _step(
+    q, table, sink, out, sums, q_b, q_h, scale, cap, heads, D, slice_size, u0, u1, u2, u3, u4, u5, u6, u7,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, SINK: tl.constexpr,
+    SPLIT: tl.constexpr, LINEAR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The outputs, or with SPLIT those of a slice beside their sums and shifts, which `_merge` puts together."""
+    g = tl.program_id(0) % heads
+    b = (tl.program_id(0) // heads).to(tl.int64)
+    piece = tl.program_id(1)
+    line = table + g * FIELDS
+    T: tl.constexpr = q.dtype.element_ty
+    used = _used(tl.load(line + 16).to(tl.int32), u0, u1, u2, u3, u4, u5, u6, u7)
+    begin = piece * slice_size
+    end = tl.minimum(begin + slice_size, used)
+    k = tl.load(line).to(tl.pointer_type(T)) + b * tl.load(line + 1)
+    k_r = tl.load(line + 2)
+    v = tl.load(line + 3).to(tl.pointer_type(T)) + b * tl.load(line + 4)
+    v_r = tl.load(line + 5)
+    mask_at = tl.load(line + 6)
+    mask = mask_at.to(tl.pointer_type(tl.int8)) + b * tl.load(line + 7)
+    mask_r = tl.load(line + 8)
+    masked = mask_at != 0
+    row = tl.arange(0, ROWS)
+    d = tl.arange(0, BD)
+    live = (row < GROUP)[:, None] & (d < D)[None, :]
+    h = g * GROUP + row
+    qt = tl.load(q + b * q_b + h[:, None].to(tl.int64) * q_h + d[None, :], mask=live, other=0.0)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, BD), tl.float32)
+    for c in range(begin, end, BN):
+        slot = c + tl.arange(0, BN)
+        there = slot < end
+        there = there & (tl.load(mask + slot.to(tl.int64) * mask_r, mask=there & masked, other=1) != 0)
+        at = slot[:, None].to(tl.int64)
+        fine = there[:, None] & (d < D)[None, :]
+        kt = tl.load(k + at * k_r + d[None, :], mask=fine, other=0.0)
+        vt = tl.load(v + at * v_r + d[None, :], mask=fine, other=0.0)
+        s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION) * scale
+        if cap > 0:
+            s = cap * (2 * tl.sigmoid(2 * s / cap) - 1)
+        s = tl.where(there[None, :], s, float("-inf"))
+        new = tl.maximum(top, tl.max(s, 1))
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp(s - shift[:, None])
+        keep = tl.exp(top - shift)
+        total = total * keep + tl.sum(p, 1)
+        acc = tl.dot(p.to(T), vt, acc * keep[:, None], input_precision=PRECISION)
+        top = new
+    plain = False
+    if LINEAR:
+        state_at = tl.load(line + 12)
+        if (state_at != 0) & (piece == 0):
+            F = tl.load(line + 11).to(tl.int32)
+            fq = tl.load(line + 9).to(tl.pointer_type(tl.float32)) + b * tl.load(line + 10)
+            state = state_at.to(tl.pointer_type(tl.float32)) + b * tl.load(line + 13)
+            s_f = tl.load(line + 14)
+            s_d = tl.load(line + 15)
+            tail = tl.zeros((ROWS, BD), tl.float32)
+            z = tl.zeros((ROWS,), tl.float32)
+            for c in range(0, F, BF):
+                f = c + tl.arange(0, BF)
+                fine = (row < GROUP)[:, None] & (f < F)[None, :]
+                ft = tl.load(fq + row[:, None] * F + f[None, :], mask=fine, other=0.0)
+                place = state + f[:, None] * s_f
+                st = tl.load(place + d[None, :] * s_d, mask=(f < F)[:, None] & (d < D)[None, :], other=0.0)
+                zt = tl.load(state + f * s_f + D * s_d, mask=f < F, other=0.0)
+                tail = tl.dot(ft, st, tail, input_precision="ieee")
+                z += tl.sum(ft * zt[None, :], 1)
+            weight_at = tl.load(line + 17)
+            plain = weight_at == 0
+            weight = weight_at.to(tl.pointer_type(tl.float32))
+            # linear attention alone is o = tail / (z + EPS): the weight is 1 and nothing else is in the sums
+            w = tl.load(weight + row, mask=(row < GROUP) & (weight_at != 0), other=0.0)
+            new = tl.where(plain, 0.0, tl.maximum(top, w))
+            keep = tl.exp(tl.where(plain, float("-inf"), top) - new)
+            grow = tl.exp(w - new)
+            total = total * keep + grow * z + tl.where(plain, NORMAL, 0.0)
+            acc = acc * keep[:, None] + grow[:, None] * tail
+            top = new
+    if SINK:
+        if (piece == 0) & (not plain):
+            w = tl.load(sink + h, mask=row < GROUP, other=float("-inf"))
+            new = tl.maximum(top, w)
+            shift = tl.where(new == float("-inf"), 0.0, new)
+            keep = tl.exp(top - shift)
+            total = total * keep + tl.exp(w - shift)
+            acc = acc * keep[:, None]
+            top = new
+    place = (b * heads * GROUP + h) * tl.num_programs(1) + piece
+    if SPLIT:
+        tl.store(out + place[:, None] * D + d[None, :], acc, mask=live)
+        tl.store(sums + 2 * place, top, mask=row < GROUP)
+        tl.store(sums + 2 * place + 1, total, mask=row < GROUP)
+    else:
+        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(out + place[:, None] * D + d[None, :], acc.to(T), mask=live)
+
+
+@triton.jit
+def _merge(partial, sums, out, pieces, D, BD: tl.constexpr, BP: tl.constexpr):
+    """The outputs of a row from those of its slices."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BD)
+    top = float("-inf")
+    total = 0.0
+    acc = tl.zeros((BD,), tl.float32)
+    for c in range(0, pieces, BP):
+        piece = c + tl.arange(0, BP)
+        here = piece < pieces
+        at = row * pieces + piece
+        m = tl.load(sums + 2 * at, mask=here, other=float("-inf"))
+        n = tl.load(sums + 2 * at + 1, mask=here, other=0.0)
+        x = tl.load(partial + at[:, None] * D + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0)
+        new = tl.maximum(top, tl.max(m, 0))
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        keep = tl.exp(top - shift)
+        w = tl.exp(m - shift)
+        total = total * keep + tl.sum(w * n, 0)
+        acc = acc * keep + tl.sum(x * w[:, None], 0)
+        top = new
+    acc = acc / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + row * D + d, acc.to(out.dtype.element_ty), mask=d < D)
+
+
+_tables: dict[tuple[Any, ...], Tensor] = {}
+
+
+def _table(lines: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """The table on the device; the same content is uploaded once."""
+    key = (device, lines)
+    if key not in _tables:
+        if len(_tables) >= TABLES:
+            _tables.pop(next(iter(_tables)))
+        _tables[key] = torch.tensor(lines, dtype=torch.int64).to(device)
+    return _tables[key]
+
+
+def _lines(part: Part, number: int, group: int, fq: Tensor | None, state: Tensor | None) -> Iterator[tuple[int, ...]]:
+    """One line per KV group of a part; its index is that of FIELDS in `_step`."""
+    size = part.k.element_size()
+    for x in range(part.k.shape[1]):
+        line = [part.k.data_ptr() + x * part.k.stride(1) * size, part.k.stride(0), part.k.stride(2)]
+        line += [part.v.data_ptr() + x * part.v.stride(1) * size, part.v.stride(0), part.v.stride(2)]
+        line += [0, 0, 0] if part.mask is None else [part.mask.data_ptr(), part.mask.stride(0), part.mask.stride(1)]
+        if fq is None or state is None:
+            line += [0] * 7
+        else:
+            line += [fq.data_ptr() + 4 * x * group * fq.shape[2], fq.stride(0), fq.shape[2]]
+            line += [state.data_ptr() + 4 * x * state.stride(1), state.stride(0), state.stride(2), state.stride(3)]
+        line += [number, 0 if part.weight is None else part.weight.data_ptr() + 4 * x * group, 0, 0]
+        yield tuple(line)
+
+
+def tiles(arch: str, dim: int, wide: bool) -> tuple[int, int, int]:
+    """Keys of a tile, features of a tile and warps."""
+    big = dim > 128
+    if wide:
+        return (16, 16, 4)
+    return (32 if big or arch.startswith("gfx") else 64, 16, 4)
+
+
+def slice_size(longest: int) -> int:
+    """Keys of one program: a matter of the cache alone, so that a result never depends on the batch."""
+    return min(4096, max(512, triton.next_power_of_2(longest) // 64))
+
+
+def decode(p: Decode) -> Tensor:
+    """(B, H, 1, D)"""
+    batch, heads, _, dim = p.q.shape
+    groups = sum(part.k.shape[1] for part in p.parts)
+    group = heads // groups
+    held: list[Tensor] = []  # what the table points to must outlive the launch
+    lines: list[tuple[int, ...]] = []
+    for number, part in enumerate(p.parts):
+        fq = None if part.fq is None else part.fq.float().contiguous()
+        state = None if part.state is None else part.state.float()
+        weight = None if part.weight is None else part.weight.float().contiguous()
+        held += [x for x in (fq, state, weight) if x is not None]
+        lines += _lines(Part(**{**vars(part), "weight": weight}), number, group, fq, state)
+    used = [part.used for part in p.parts] + [0] * (PARTS - len(p.parts))
+    size = slice_size(max(used))
+    pieces = max(1, triton.cdiv(max(used), size))
+    out = torch.empty(batch, heads, 1, dim, dtype=p.q.dtype, device=p.q.device)
+    if not out.numel():
+        return out
+    wide = p.q.dtype == torch.float32
+    bn, bf, warps = tiles(architecture(), dim, wide)
+    partial, sums = out, out
+    if pieces > 1:
+        partial = torch.empty(batch, heads, pieces, dim, dtype=torch.float32, device=p.q.device)
+        sums = torch.empty(batch, heads, pieces, 2, dtype=torch.float32, device=p.q.device)
+    linear = any(part.fq is not None for part in p.parts)
+    bd = max(16, triton.next_power_of_2(dim))
+    _step[(batch * groups, pieces)](
+        p.q, _table(tuple(lines), p.q.device), out if p.sink_logits is None else p.sink_logits, partial, sums,
+        p.q.stride(0), p.q.stride(1), p.scale, p.softcap, groups, dim, size, *used, GROUP=group,
+        ROWS=max(16, triton.next_power_of_2(group)), BN=bn, BD=bd, BF=bf, SINK=p.sink_logits is not None,
+        SPLIT=pieces > 1, LINEAR=linear, PRECISION="ieee", num_warps=warps, num_stages=2,
+    )  # fmt: skip
+    if pieces > 1:
+        _merge[(batch * heads,)](partial, sums, out, pieces, dim, BD=bd, BP=16, num_warps=4)
+    return out
+
+
+def refuses(p: Decode) -> str | None:
+    """Why this step cannot run here."""
+    if len(p.parts) > PARTS:
+        return f"the decode step has {len(p.parts)} parts, at most {PARTS} fit into one launch"
+    for n, part in enumerate(p.parts):
+        if part.k.dtype != p.q.dtype or part.v.dtype != p.q.dtype:
+            return f"parts[{n}] has k of {part.k.dtype} and v of {part.v.dtype}, q is {p.q.dtype}"
+        if part.fq is not None and part.weight is None and part.used:
+            return f"parts[{n}] has a linear branch without a weight beside {part.used} used slots"
+    return None
+
+
+def variants(arch: str) -> Iterator[Variant]:
+    """Groups of up to 16 query heads pad to the same tile; sinks and features only add to what is compiled."""
+    for name in ("bf16", "fp16", "fp32"):
+        for bd, split in ((x, s) for x in (16, 32, 64, 128, 256) for s in (False, True)):
+            bn, bf, warps = tiles(arch, bd, name == "fp32")
+            constants: dict[str, Any] = {
+                "GROUP": 4, "ROWS": 16, "BN": bn, "BD": bd, "BF": bf, "SINK": True, "SPLIT": split, "LINEAR": True,
+                "PRECISION": "ieee",
+            }  # fmt: skip
+            partial = "*fp32" if split else f"*{name}"
+            types = {"q": f"*{name}", "table": "*i64", "sink": "*fp32", "out": partial, "sums": "*fp32"}
+            types |= {"scale": "fp32", "cap": "fp32"}
+            label = f"decode {name} {bd}{' split' * split}"
+            yield describe(label, _step, types, constants, warps, 2)
+    for bd in (16, 64, 256):
+        types = {"partial": "*fp32", "sums": "*fp32", "out": "*bf16"}
+        yield describe(f"decode merge {bd}", _merge, types, {"BD": bd, "BP": 16}, 4, 3)
