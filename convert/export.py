@@ -29,7 +29,8 @@ from .files import read_json, sha256_file, write_json, write_text
 from .hosts.transformers import NAME, Site, SiteOperators, plan_block
 from .runs import DONE, KEY
 
-KERNELS = ("spec", "call", "features", "full", "window", "linear", "hybrid", "operators")
+ROOTS = ("operators", "backend_torch", "backend_cpp", "backend_triton")  # what loads by name, and what those import
+CPP_SOURCES = "cpp_sources"  # the module that holds the C++ files in a checkpoint, as `kernels.cpp_build` expects it
 HEADER = """# attnconvert {version}, https://github.com/attnconvert/attnconvert, Apache-2.0
 # Part of an exported checkpoint: it loads with trust_remote_code=True where attnconvert is not installed.
 """
@@ -43,11 +44,15 @@ class {converted_config}({config}):
 '''
 MODELING = '''"""{base} with the operators that config.attnconvert names."""
 
+from typing import TYPE_CHECKING
+
 from transformers import {base}
 
-{imports}
 from .attnconvert_host import converted_model
 from .configuration_attnconvert import {converted_config}
+
+if TYPE_CHECKING:  # never run: transformers fetches the files that a module names, and some load only when needed
+{imports}
 
 {converted} = converted_model({base}, {converted_config})
 '''
@@ -91,30 +96,48 @@ def _write_runtime(folder: Path, base: type) -> None:
     """The code of `kernels` and of the host, flat, with imports that name the files beside them."""
     package = files("attnconvert")
     header = HEADER.format(version=__version__)
-    sources = {name: package / "kernels" / f"{name}.py" for name in KERNELS}
-    sources["host"] = package / "convert" / "hosts" / "transformers.py"
+    sources = {name: (package / "kernels" / f"{name}.py").read_text(encoding="utf-8") for name in kernels()}
+    sources["host"] = (package / "convert" / "hosts" / "transformers.py").read_text(encoding="utf-8")
+    cpp = sorted((package / "kernels" / "cpp").iterdir(), key=lambda path: path.name)
+    texts = {path.name: path.read_text(encoding="utf-8") for path in cpp if path.name.endswith((".h", ".cpp"))}
+    lines = [f"    {name!r}: {text!r}," for name, text in texts.items()]
+    sources[CPP_SOURCES] = "\n".join(['"""The C++ kernels, file by file."""', "", "FILES = {", *lines, "}", ""])
     for name, source in sources.items():
-        write_text(folder / f"{NAME}_{name}.py", header + flatten_imports(source.read_text(encoding="utf-8")))
+        write_text(folder / f"{NAME}_{name}.py", header + flatten_imports(source))
     names = {
         "base": base.__name__,
         "config": base.config_class.__name__,  # type: ignore[attr-defined]
         "converted": f"Converted{base.__name__}",
         "converted_config": f"Converted{base.config_class.__name__}",  # type: ignore[attr-defined]
-        "imports": "\n".join(f"from .{NAME}_{name} import __name__ as _{name}  # noqa" for name in KERNELS),
+        "imports": "\n".join(f"    from .{NAME}_{name} import __name__ as _{name}  # noqa" for name in sources),
     }
     write_text(folder / f"configuration_{NAME}.py", header + CONFIGURATION.format(**names))
     write_text(folder / f"modeling_{NAME}.py", header + MODELING.format(**names))
+
+
+def kernels() -> list[str]:
+    """The files of `kernels` that a checkpoint needs: the roots and all that they import."""
+    folder, found, left = files("attnconvert") / "kernels", set[str](), list(ROOTS)
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            source = (folder / f"{name}.py").read_text(encoding="utf-8")
+            left += re.findall(r"^ *from \.(\w+) import", source, flags=re.M)
+            several = re.findall(r"^ *from \. import ([\w, ]+)$", source, flags=re.M)
+            left += [each.strip() for names in several for each in names.split(",")]
+    return sorted(found)
 
 
 def flatten_imports(source: str) -> str:
     """Relative imports of the package, rewritten for a folder in which every file is named attnconvert_<name>.py."""
 
     def several(match: re.Match[str]) -> str:
-        names = [name.strip() for name in match[1].split(",")]
-        return "from . import " + ", ".join(f"{NAME}_{name} as {name}" for name in names)
+        names = [name.strip() for name in match[2].split(",")]
+        return f"{match[1]}from . import " + ", ".join(f"{NAME}_{name} as {name}" for name in names)
 
-    source = re.sub(r"^from \.+(?:kernels)? import ([\w, ]+)$", several, source, flags=re.M)
-    return re.sub(r"^from \.+(?:kernels\.)?(\w+) import", rf"from .{NAME}_\1 import", source, flags=re.M)
+    source = re.sub(r"^( *)from \.+(?:kernels)? import ([\w, ]+)$", several, source, flags=re.M)
+    return re.sub(r"^( *)from \.+(?:kernels\.)?(\w+) import", rf"\1from .{NAME}_\2 import", source, flags=re.M)
 
 
 CHECK = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from .cpp_build import library
 from .problem import (
     Blocks,
     Branch,
+    Decode,
     Extra,
     Linear,
     Mixed,
@@ -55,6 +57,30 @@ class _Args(ctypes.Structure):
         ("window", ctypes.POINTER(ctypes.c_int64)),
         ("index", ctypes.POINTER(ctypes.c_int64)),
         *((n, ctypes.c_int64) for n in ("threads", "causal", "block_q", "block_k", "softmax", "shared", "normalize")),
+    )
+
+
+class _Part(ctypes.Structure):
+    """`Part` of decode.cpp."""
+
+    _fields_ = (
+        *((name, _Array) for name in ("k", "v", "mask", "fq", "state", "weight")),
+        ("first", ctypes.c_int64),
+        ("used", ctypes.c_int64),
+    )
+
+
+class _DecodeArgs(ctypes.Structure):
+    """`DecodeArgs` of decode.cpp."""
+
+    _fields_ = (
+        *((name, _Array) for name in ("q", "o", "sink")),
+        ("parts", ctypes.POINTER(_Part)),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+        ("threads", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
     )
 
 
@@ -116,18 +142,34 @@ def linear_forward(p: Linear) -> tuple[Tensor, Tensor, Tensor | None]:
     return o, den, state
 
 
+def decode(p: Decode) -> Tensor:
+    """One new token per sequence: (B, H, 1, D)."""
+    a = _Call(_DecodeArgs())
+    o = torch.empty(p.q.shape, dtype=p.q.dtype)
+    parts = (_Part * len(p.parts))()
+    for to, x in zip(parts, p.parts, strict=True):
+        weight = None if x.weight is None else x.weight.float()
+        a.set(to, k=x.k, v=x.v, mask=x.mask, fq=x.fq, state=x.state, weight=weight)
+        to.first, to.used = x.first, x.used
+    a.set(q=p.q, o=o, sink=None if p.sink_logits is None else p.sink_logits.float())
+    a.args.parts, a.args.count, a.args.groups = parts, len(parts), sum(x.k.shape[1] for x in p.parts)
+    a.args.scale, a.args.softcap = p.scale, p.softcap
+    a.call("attnconvert_decode")
+    return o
+
+
 class _Call:
     """The arguments of one call and the tensors that they point to."""
 
-    def __init__(self) -> None:
-        self.args = _Args()
+    def __init__(self, args: Any = None) -> None:
+        self.args = _Args() if args is None else args
         self.args.threads = torch.get_num_threads()
         self.held: list[object] = []
 
-    def set(self, **tensors: Tensor | None) -> None:
+    def set(self, to: Any = None, **tensors: Tensor | None) -> None:
         for name, x in tensors.items():
             if x is not None:
-                setattr(self.args, name, self.array(x))
+                setattr(self.args if to is None else to, name, self.array(x))
 
     def array(self, x: Tensor) -> _Array:
         if x.shape[-1] > 1 and x.stride(-1) != 1:

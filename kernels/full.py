@@ -13,7 +13,8 @@ from .launch import Piece
 from .problem import Part
 from .spec import Full, Window
 
-SLACK = 16  # a cache grows by 1 / SLACK of its length, and by SLACK tokens at least
+SLACK = 64  # a cache grows by 1 / SLACK of its length, and by LEAST tokens at least
+LEAST = 16
 
 
 @dataclass
@@ -56,10 +57,9 @@ def piece(
 
 def _grown(k: Tensor, v: Tensor, length: int) -> FullState:
     """A cache of its own with room for more: a view would keep the tensors of other heads alive."""
-    more = max(SLACK, length // SLACK)
-    return FullState(
-        *(torch.cat([x[:, :, :length], x.new_empty(*x.shape[:2], more, x.shape[3])], 2) for x in (k, v)), length
-    )
+    more = max(LEAST, length // SLACK)
+    k, v = (torch.cat([x[:, :, :length], x.new_empty(*x.shape[:2], more, x.shape[3])], 2) for x in (k, v))
+    return FullState(k, v, length)
 
 
 def step(
@@ -69,12 +69,9 @@ def step(
     if call.limit is not None:
         return window.step(Window(size=call.limit, sinks=0), q, k, v, call, state)
     assert isinstance(state, FullState)
-    capacity, n = state.k.shape[2], state.length
-    if n == capacity:
-        more = max(SLACK, n // SLACK)
-        state = FullState(
-            *(torch.cat([x, x.new_empty(*x.shape[:2], more, x.shape[3])], 2) for x in (state.k, state.v)), n
-        )
+    n = state.length
+    if n == state.k.shape[2]:
+        state = _grown(state.k, state.v, n)
     state.k[:, :, n], state.v[:, :, n] = k[:, :, 0], v[:, :, 0]
     state = FullState(state.k, state.v, n + 1)
     return Part(first=0, k=state.k, v=state.v, used=n + 1, mask=call.valid), state

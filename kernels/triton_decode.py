@@ -191,10 +191,10 @@ def _lines(part: Part, number: int, group: int, fq: Tensor | None, state: Tensor
 
 def tiles(arch: str, dim: int, wide: bool) -> tuple[int, int, int]:
     """Keys of a tile, features of a tile and warps."""
-    big = dim > 128
+    warps = 8 if dim > 64 else 4
     if wide:
-        return (16, 16, 4)
-    return (32 if big or arch.startswith("gfx") else 64, 16, 4)
+        return 16, 16, warps
+    return 32 if dim > 64 or arch.startswith("gfx") else 64, 16, warps
 
 
 def slice_size(longest: int) -> int:

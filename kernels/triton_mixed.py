@@ -298,7 +298,7 @@ def forward_kernel(
             if kinds is not None:
                 kind = tl.load(kinds + entry)
                 if kind >= 0:
-                    bits = pattern_bits(patterns, kind, in_block[:, None], (c0 + lane)[None, :], BQ, BK)
+                    bits = pattern_bits(patterns, kind, in_block, c0, lane, BQ, BK)
                     s = tl.where(bits, s, -INF)
             if valid is not None:
                 alive = tl.load(valid + b * valid_b + key0 + j0 + lane) != 0
@@ -327,7 +327,7 @@ def forward_kernel(
             if kinds is not None:
                 kind = tl.load(kinds + entry)
                 if kind >= 0:
-                    seen = seen & pattern_bits(patterns, kind, in_block[:, None], (c0 + lane)[None, :], BQ, BK)
+                    seen = seen & pattern_bits(patterns, kind, in_block, c0, lane, BQ, BK)
             s = tl.where(seen, s, -INF)
             m, den, acc = absorb(
                 m, den, acc, s, alive_tile(v_base, j0, v_n, lane, column, inside, DIM), unit, True, PRECISION
@@ -352,10 +352,10 @@ def forward_kernel(
 # --------------------------------------------------------------------------------------------------------- on the host
 
 LARGE = {  # the tile for many rows, by architecture, half precision and padded head dimension
-    ("sm_80", True): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
-    ("sm_89", True): {64: Tile(128, 64, 4, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
-    ("sm_90", True): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
-    ("sm_100", True): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
+    ("sm_80", True): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
+    ("sm_89", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
+    ("sm_90", True): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
+    ("sm_100", True): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
     ("gfx942", True): {64: Tile(128, 64, 8, 1), 128: Tile(128, 32, 8, 1), 256: Tile(64, 32, 8, 1)},
     ("sm_80", False): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
     ("sm_89", False): {64: Tile(64, 32, 4, 2), 128: Tile(64, 16, 8, 1), 256: Tile(32, 16, 8, 1)},

@@ -93,8 +93,14 @@ def early_entries(columns, begin, count, limit, BQ: tl.constexpr):
 
 
 @triton.jit
-def pattern_bits(patterns, kind, row, column, BQ: tl.constexpr, BK: tl.constexpr):
-    """Which keys `column` of a block its rows `row` attend to; the two broadcast against each other."""
+def pattern_bits(patterns, kind, row, first, lane, BQ: tl.constexpr, BK: tl.constexpr):
+    """(rows, keys): which keys first + lane of a block its rows `row` attend to. One word is read per 32 keys."""
     words: tl.constexpr = BK // 32
-    word = tl.load(patterns + kind.to(tl.int64) * (BQ * words) + row * words + column // 32)
-    return ((word >> (column % 32)) & 1) != 0
+    base = patterns + kind.to(tl.int64) * (BQ * words) + (row * words + first // 32)
+    word = tl.load(base)[:, None] + lane[None, :] * 0
+    if lane.shape[0] > 32:
+        word = tl.where((lane < 32)[None, :], word, tl.load(base + 1)[:, None])
+    if lane.shape[0] > 64:
+        word = tl.where((lane < 64)[None, :], word, tl.load(base + 2)[:, None])
+        word = tl.where((lane < 96)[None, :], word, tl.load(base + 3)[:, None])
+    return ((word >> ((first + lane) % 32)[None, :]) & 1) != 0

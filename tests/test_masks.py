@@ -21,9 +21,7 @@ from attnconvert.kernels.problem import Softmax
 
 
 @pytest.fixture
-def rng():
-    seed = cases.draw_seed()
-    print(f"ATTNCONVERT_SEED={seed}")  # noqa: T201, pytest shows it where a test fails
+def rng(seed):
     return random.Random(seed)
 
 
@@ -422,7 +420,7 @@ def random_mask(rng, layout):
 
 
 @pytest.mark.parametrize("chance", range(60))
-def test_block_lists_hold_what_the_dense_mask_holds(rng, chance, monkeypatch):
+def test_block_lists_hold_what_the_dense_mask_holds(rng, monkeypatch, chance):
     if chance % 2:  # through the coarse pass, which short sequences do not need
         monkeypatch.setattr("attnconvert.kernels.masks_blocks.PAIRS", 8)
         forget()
@@ -475,10 +473,9 @@ def test_groups_with_equal_masks_share_their_lists():
     assert dense(heads, layout)[:, -1, ::32].sum(1).tolist() == [3, 2, 2, 10]  # its own block and every eighth
 
 
-def test_softmax_over_the_lists_is_masked_attention(rng):
+def test_softmax_over_the_lists_is_masked_attention(seed):
     layout = Layout(grid=(9, 11), text_first=14)
     masks = (P.disc(radius=3), P.neighbourhood(window=(3, 5)))
-    torch.manual_seed(rng.randint(0, 2**31))
     q = torch.randn(2, 4, layout.tokens, 32)
     k, v = torch.randn(2, 2, 2, layout.tokens, 32)
     mask = dense(masks, layout).repeat_interleave(2, 0)
@@ -495,7 +492,7 @@ def test_softmax_over_the_lists_is_masked_attention(rng):
 # --------------------------------------------------------------------------------------------- FlexAttention and order
 
 
-def test_flex_masks_are_the_dense_ones_and_attend_alike(rng):
+def test_flex_masks_are_the_dense_ones_and_attend_alike(seed):
     layout = Layout(grid=(3, 6, 7), text_last=10)
     masks = (P.radial(floor=8), P.tiled(window=(1, 3, 3), tile=(1, 2, 2)))
     expected = dense(masks, layout).repeat_interleave(2, 0)
@@ -506,7 +503,6 @@ def test_flex_masks_are_the_dense_ones_and_attend_alike(rng):
     block_mask = create_block_mask(mod, None, 4, n, n, device="cpu", BLOCK_SIZE=32)
     tiles = F.pad(expected, (0, -n % 32, 0, -n % 32)).unflatten(2, (-1, 32)).unflatten(1, (-1, 32)).any(4).any(2)
     assert torch.equal(block_mask.to_dense()[0].bool(), tiles)
-    torch.manual_seed(rng.randint(0, 2**31))
     q, k, v = torch.randn(3, 1, 4, n, 16)
     got = flex_attention(q, k, v, block_mask=block_mask)
     torch.testing.assert_close(got, F.scaled_dot_product_attention(q, k, v, attn_mask=expected), rtol=1e-4, atol=1e-5)

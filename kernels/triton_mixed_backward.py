@@ -1,0 +1,417 @@
+"""Mixed attention in Triton, backward: gradients of q, k, v and the further keys, without atomics.
+
+With p = e^{s − lse} and δ = do·o, the gradient of a logit is p (do·v − δ). Rows sum it into dq (`query_kernel`), keys
+into dk and dv over all query heads of their group (`key_kernel`); few further keys would be few programs, so there
+rows are split and a second pass adds the parts (`extra_kernel`). The linear branch is in `triton_mixed_branch`.
+"""
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .problem import EPS, Blocks, Branch, Mixed, MixedGradients, Ranges, Softmax
+from .triton_common import architecture
+from .triton_mixed_branch import branch_gradients
+from .triton_mixed_host import Tile, bytes_of, cumulative, divisor, dot_precision, lists_of, padded, sizes_of, strides
+from .triton_mixed_masks import beyond, early_entries, key_runs, near, pattern_bits, row_runs, whole_entries
+from .triton_mixed_tiles import FAR, HOLE, INF, LOG2E, alive_tile, sequence, softcapped, tile, window_of
+
+FLOOR = tl.constexpr(EPS)
+MOST = tl.constexpr(100.0)  # log 2 of the largest gain: where the branch has any part, it is below 1 / A[D]
+
+
+@triton.jit
+def delta_kernel(
+    o, do, lse, group_map, weight, den, delta, gain, offset, rows, o_b, o_h, o_n, do_b, do_h, do_n, branch_heads,
+    GROUP: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, BRANCH: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """δ = do·o of each row; where a branch is, `gain` a and `offset` −aδ as well.
+
+    BRANCH 1: under the normaliser of the softmax, a = e^{c − lse}; 2: o is the branch's own, a = 1 / (den + EPS).
+    """
+    first = tl.program_id(0) * BM
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    heads = tl.num_programs(1)
+    row = tl.arange(0, BM)
+    column = tl.arange(0, PAD)
+    live = first + row < rows
+    x = tile(o + b * o_b.to(tl.int64) + h * o_h.to(tl.int64), first, o_n, row, column, rows, DIM, True)
+    y = tile(do + b * do_b.to(tl.int64) + h * do_h.to(tl.int64), first, do_n, row, column, rows, DIM, True)
+    d = tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
+    at = (b * heads + h).to(tl.int64) * rows + first + row
+    tl.store(delta + at, d, mask=live)
+    if BRANCH == 1:
+        t = tl.load(group_map + h // GROUP)
+        if t >= 0:
+            head = t * GROUP + h % GROUP
+            top = tl.load(lse + at, mask=live, other=-INF)
+            a = tl.exp2(tl.minimum((tl.load(weight + head) - top) * LOG2E, MOST))
+            a = tl.where(top == -INF, 0.0, a)
+            to = (b * branch_heads + head).to(tl.int64) * rows + first + row
+            tl.store(gain + to, a, mask=live)
+            tl.store(offset + to, -a * d, mask=live)
+    if BRANCH == 2:
+        a = 1.0 / (tl.load(den + at, mask=live, other=1.0) + FLOOR)
+        tl.store(gain + at, a, mask=live)
+        tl.store(offset + at, -a * d, mask=live)
+
+
+@triton.jit
+def logit_gradient(s, dp, lse, delta, unit, softcap, SOFTCAP: tl.constexpr):
+    """Probabilities and gradients of the logits before the cap; lse and delta broadcast against s.
+
+    `s` is −inf where nothing is attended; the slope of the cap is 1 − (s / cap)².
+    """
+    p = tl.exp2(s * unit - lse)
+    ds = p * (dp - delta)
+    if SOFTCAP:
+        ratio = tl.where(s == -INF, 0.0, s / softcap)
+        ds = ds * (1.0 - ratio * ratio)
+    return p, ds
+
+
+@triton.jit(do_not_specialize=["rows", "keys", "extras", "list_b", "list_g"])
+def query_kernel(
+    q, k, v, do, dq, lse, delta, window, starts, counts, columns, kinds, patterns, valid, extra_k, extra_v, extra_at,
+    cu_q, cu_k, scale, softcap, rows, keys, extras, list_b, list_g, lse_n, valid_b,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n, dq_b, dq_h, dq_n, ek_b, ek_h, ek_n, ev_b, ev_h, ev_n,
+    GROUP: tl.constexpr, DIM: tl.constexpr, CAUSAL: tl.constexpr, RANGES: tl.constexpr, SOFTCAP: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0)
+    if CAUSAL:
+        place = tl.num_programs(0) - 1 - place
+    h = tl.program_id(1)
+    n = tl.program_id(2)
+    g = h // GROUP
+    heads = tl.num_programs(1)
+    row0, rows = sequence(cu_q, n, rows)
+    key0, keys = sequence(cu_k, n, keys)
+    b = n if cu_q is None else n * 0
+    first = place * BM
+    if first >= rows:
+        return
+    row = tl.arange(0, BM)
+    column = tl.arange(0, PAD)
+    lane = tl.arange(0, BN)
+    shift = keys - rows
+    i = first + shift + row
+    i0 = first + shift
+    i1 = tl.minimum(first + BM, rows) - 1 + shift
+    live = first + row < rows
+    q_base = q + b * q_b.to(tl.int64) + h * q_h.to(tl.int64) + row0 * q_n
+    do_base = do + b * do_b.to(tl.int64) + h * do_h.to(tl.int64) + row0 * do_n
+    q_tile = tile(q_base, first, q_n, row, column, rows, DIM, True)
+    do_tile = tile(do_base, first, do_n, row, column, rows, DIM, True)
+    k_base = k + b * k_b.to(tl.int64) + g * k_h.to(tl.int64) + key0 * k_n
+    v_base = v + b * v_b.to(tl.int64) + g * v_h.to(tl.int64) + key0 * v_n
+    at_row = (b * heads + h).to(tl.int64) * lse_n + row0 + first + row
+    top = tl.load(lse + at_row, mask=live, other=INF)
+    top = tl.where(top == -INF, INF, top * LOG2E)[:, None]  # a row without keys: p = 0
+    d = tl.load(delta + at_row, mask=live, other=0.0)[:, None]
+    w = g * 0
+    if RANGES:
+        w = window_of(window, g)
+    unit = scale * LOG2E
+    if SOFTCAP:
+        unit = unit * 0.0 + LOG2E
+    acc = tl.zeros((BM, PAD), tl.float32)
+
+    if extra_at is not None:
+        slot = tl.arange(0, BE)
+        ek_base = extra_k + b * ek_b.to(tl.int64) + g * ek_h.to(tl.int64)
+        ev_base = extra_v + b * ev_b.to(tl.int64) + g * ev_h.to(tl.int64)
+        for e in range(0, tl.where(w < FAR, extras, 0), BE):
+            at = tl.load(extra_at + (n * (heads // GROUP) + g) * extras + e + slot, mask=e + slot < extras, other=HOLE)
+            real = at != HOLE
+            kt = alive_tile(ek_base, e, ek_n, slot, column, real, DIM)
+            s = tl.dot(q_tile, tl.trans(kt), input_precision=PRECISION)
+            if SOFTCAP:
+                s = softcapped(s * scale, softcap)
+            s = tl.where(beyond(i[:, None], at[None, :], w, CAUSAL), s, -INF)
+            ev = alive_tile(ev_base, e, ev_n, slot, column, real, DIM)
+            dp = tl.dot(do_tile, tl.trans(ev), input_precision=PRECISION)
+            _, ds = logit_gradient(s, dp, top, d, unit, softcap, SOFTCAP)
+            acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PRECISION)
+
+    # tiles that need a mask, then those that do not; lists have them the other way round
+    parts: tl.constexpr = BK // BN
+    if RANGES:
+        start, left, whole, last, resume, edge = key_runs(i0, i1, w, keys, CAUSAL, BN)
+        clean = (last - whole) // BN
+        begin = start * 0
+    else:
+        line = n * list_b + g * list_g + first // BQ
+        begin = tl.load(starts + line)
+        count = tl.load(counts + line)
+        limit = keys
+        if CAUSAL:
+            limit = tl.minimum(keys, i0 + 1)
+        clean = whole_entries(columns, begin, count, limit, BK) * parts
+        edge = count * parts - clean
+        start = begin * 0
+        left = start
+        whole = start
+        resume = start
+    in_block = first % BQ + row
+    for x in range(0, edge):
+        c0 = start * 0
+        entry = begin
+        if RANGES:
+            j0 = tl.where(x < left, start + x * BN, resume + (x - left) * BN)
+        else:
+            entry = begin + (clean + x) // parts
+            c0 = (clean + x) % parts * BN
+            j0 = tl.load(columns + entry) * BK + c0
+        j = j0 + lane
+        inside = j < keys
+        if valid is not None:
+            inside = inside & (tl.load(valid + b * valid_b + key0 + j, mask=inside, other=0) != 0)
+        kt = alive_tile(k_base, j0, k_n, lane, column, inside, DIM)
+        s = tl.dot(q_tile, tl.trans(kt), input_precision=PRECISION)
+        if SOFTCAP:
+            s = softcapped(s * scale, softcap)
+        seen = inside[None, :] & (row >= 0)[:, None]
+        if RANGES:
+            seen = seen & near(i[:, None], j[None, :], w, CAUSAL)
+        elif CAUSAL:
+            seen = seen & (j[None, :] <= i[:, None])
+        if kinds is not None:
+            kind = tl.load(kinds + entry)
+            if kind >= 0:
+                seen = seen & pattern_bits(patterns, kind, in_block, c0, lane, BQ, BK)
+        s = tl.where(seen, s, -INF)
+        vt = alive_tile(v_base, j0, v_n, lane, column, inside, DIM)
+        dp = tl.dot(do_tile, tl.trans(vt), input_precision=PRECISION)
+        _, ds = logit_gradient(s, dp, top, d, unit, softcap, SOFTCAP)
+        acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PRECISION)
+    for x in range(0, clean):
+        c0 = start * 0
+        entry = begin
+        if RANGES:
+            j0 = whole + x * BN
+        else:
+            entry = begin + x // parts
+            c0 = x % parts * BN
+            j0 = tl.load(columns + entry) * BK + c0
+        if valid is not None:
+            alive = tl.load(valid + b * valid_b + key0 + j0 + lane) != 0
+            kt = alive_tile(k_base, j0, k_n, lane, column, alive, DIM)
+            vt = alive_tile(v_base, j0, v_n, lane, column, alive, DIM)
+        else:
+            kt = tile(k_base, j0, k_n, lane, column, keys, DIM, False)
+            vt = tile(v_base, j0, v_n, lane, column, keys, DIM, False)
+        s = tl.dot(q_tile, tl.trans(kt), input_precision=PRECISION)
+        if SOFTCAP:
+            s = softcapped(s * scale, softcap)
+        if kinds is not None:
+            kind = tl.load(kinds + entry)
+            if kind >= 0:
+                bits = pattern_bits(patterns, kind, in_block, c0, lane, BQ, BK)
+                s = tl.where(bits, s, -INF)
+        if valid is not None:
+            s = tl.where(alive[None, :], s, -INF)
+        dp = tl.dot(do_tile, tl.trans(vt), input_precision=PRECISION)
+        _, ds = logit_gradient(s, dp, top, d, unit, softcap, SOFTCAP)
+        acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PRECISION)
+
+    base = dq + b * dq_b.to(tl.int64) + h * dq_h.to(tl.int64) + (row0 + first) * dq_n
+    tl.store(
+        base + (row[:, None] * dq_n + column[None, :]),
+        (acc * scale).to(dq.dtype.element_ty),
+        mask=live[:, None] & (column < DIM)[None, :],
+    )
+
+
+@triton.jit
+def key_step(
+    dk, dv, kt, vt, q_base, do_base, lse_at, delta_at, first, row, stop, q_n, do_n, column, seen, unit, scale, softcap,
+    DIM: tl.constexpr, MASK: tl.constexpr, TAIL: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows first + row < stop joins dk and dv; `seen` (keys, rows) where MASK."""
+    qt = tile(q_base, first, q_n, row, column, stop, DIM, TAIL)
+    s = tl.dot(kt, tl.trans(qt), input_precision=PRECISION)
+    if SOFTCAP:
+        s = softcapped(s * scale, softcap)
+    if MASK:
+        s = tl.where(seen, s, -INF)
+    live = first + row < stop
+    top = tl.load(lse_at + first + row, mask=live, other=INF)
+    top = tl.where(top == -INF, INF, top * LOG2E)[None, :]
+    d = tl.load(delta_at + first + row, mask=live, other=0.0)[None, :]
+    dot = tile(do_base, first, do_n, row, column, stop, DIM, TAIL)
+    dp = tl.dot(vt, tl.trans(dot), input_precision=PRECISION)
+    p, ds = logit_gradient(s, dp, top, d, unit, softcap, SOFTCAP)
+    dv = tl.dot(p.to(dot.dtype), dot, dv, input_precision=PRECISION)
+    dk = tl.dot(ds.to(qt.dtype), qt, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["rows", "keys", "list_b", "list_g", "branches"])
+def key_kernel(
+    q, k, v, do, dk, dv, lse, delta, window, starts, counts, columns, kinds, patterns, valid, cu_q, cu_k, group_map,
+    branch_dv, scale, softcap, rows, keys, list_b, list_g, lse_n, valid_b, branches,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
+    GROUP: tl.constexpr, DIM: tl.constexpr, CAUSAL: tl.constexpr, RANGES: tl.constexpr, SOFTCAP: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, PAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of BN keys, over BM rows at a time of all query heads; the lists are by key block."""
+    g = tl.program_id(1)
+    n = tl.program_id(2)
+    row0, rows = sequence(cu_q, n, rows)
+    key0, keys = sequence(cu_k, n, keys)
+    b = n if cu_q is None else n * 0
+    first = tl.program_id(0) * BN
+    if first >= keys:
+        return
+    heads = tl.num_programs(1) * GROUP
+    lane = tl.arange(0, BN)
+    row = tl.arange(0, BM)
+    column = tl.arange(0, PAD)
+    shift = keys - rows
+    j = first + lane
+    j1 = tl.minimum(first + BN, keys) - 1
+    inside = j < keys
+    if valid is not None:
+        inside = inside & (tl.load(valid + b * valid_b + key0 + j, mask=inside, other=0) != 0)
+    kt = alive_tile(k + b * k_b.to(tl.int64) + g * k_h.to(tl.int64) + key0 * k_n, first, k_n, lane, column, inside, DIM)
+    vt = alive_tile(v + b * v_b.to(tl.int64) + g * v_h.to(tl.int64) + key0 * v_n, first, v_n, lane, column, inside, DIM)
+    q_base = q + b * q_b.to(tl.int64) + g * GROUP * q_h.to(tl.int64) + row0 * q_n
+    do_base = do + b * do_b.to(tl.int64) + g * GROUP * do_h.to(tl.int64) + row0 * do_n
+    at = (b * heads + g * GROUP).to(tl.int64) * lse_n + row0
+    unit = scale * LOG2E
+    if SOFTCAP:
+        unit = unit * 0.0 + LOG2E
+    acc_k = tl.zeros((BN, PAD), tl.float32)
+    acc_v = tl.zeros((BN, PAD), tl.float32)
+
+    parts: tl.constexpr = BQ // BM
+    w = g * 0
+    if RANGES:
+        w = window_of(window, g)
+        start, left, whole, last, resume, edge = row_runs(first, j1, w, rows, shift, CAUSAL, BM)
+        clean = (last - whole) // BM
+        begin = start * 0
+    else:
+        line = n * list_b + g * list_g + first // BK
+        begin = tl.load(starts + line)
+        count = tl.load(counts + line)
+        edge = count * 0
+        if CAUSAL:
+            edge = early_entries(columns, begin, count, j1 - shift, BQ)
+        clean = (count - edge) * parts
+        edge = edge * parts
+        start = begin * 0
+        left = start
+        whole = start
+        resume = start
+    for y in range(0, edge * GROUP):
+        x = y % edge
+        head = (y // edge).to(tl.int64)
+        entry = begin
+        if RANGES:
+            r0 = tl.where(x < left, start + x * BM, resume + (x - left) * BM)
+        else:
+            entry = begin + x // parts
+            r0 = tl.load(columns + entry) * BQ + x % parts * BM
+        i = r0 + shift + row
+        if RANGES:
+            seen = near(i[None, :], j[:, None], w, CAUSAL)
+        else:
+            seen = j[:, None] <= i[None, :]
+        if kinds is not None:
+            kind = tl.load(kinds + entry)
+            if kind >= 0:
+                seen = seen & tl.trans(pattern_bits(patterns, kind, r0 % BQ + row, first % BK, lane, BQ, BK))
+        acc_k, acc_v = key_step(
+            acc_k, acc_v, kt, vt, q_base + head * q_h, do_base + head * do_h, lse + at + head * lse_n,
+            delta + at + head * lse_n, r0, row, rows, q_n, do_n, column, seen, unit, scale, softcap,
+            DIM, True, True, SOFTCAP, PRECISION,
+        )  # fmt: skip
+    for y in range(0, clean * GROUP):
+        x = y % clean
+        head = (y // clean).to(tl.int64)
+        entry = begin
+        if RANGES:
+            r0 = whole + x * BM
+        else:
+            entry = begin + edge // parts + x // parts
+            r0 = tl.load(columns + entry) * BQ + x % parts * BM
+        seen = (lane >= 0)[:, None] & (row >= 0)[None, :]
+        if kinds is not None:
+            kind = tl.load(kinds + entry)
+            if kind >= 0:
+                seen = tl.trans(pattern_bits(patterns, kind, r0 % BQ + row, first % BK, lane, BQ, BK))
+        acc_k, acc_v = key_step(
+            acc_k, acc_v, kt, vt, q_base + head * q_h, do_base + head * do_h, lse + at + head * lse_n,
+            delta + at + head * lse_n, r0, row, rows, q_n, do_n, column, seen, unit, scale, softcap,
+            DIM, kinds is not None, not RANGES, SOFTCAP, PRECISION,
+        )  # fmt: skip
+
+    acc_k = tl.where(inside[:, None], acc_k * scale, 0.0)
+    acc_v = tl.where(inside[:, None], acc_v, 0.0)
+    live = (j < keys)[:, None] & (column < DIM)[None, :]
+    if branch_dv is not None:
+        t = tl.load(group_map + g)
+        place = ((b * branches + tl.maximum(t, 0)).to(tl.int64) * valid_b + key0 + first) * DIM
+        more = tl.load(branch_dv + place + (lane[:, None] * DIM + column[None, :]), mask=live & (t >= 0), other=0.0)
+        acc_v += more
+    base = dk + b * dk_b.to(tl.int64) + g * dk_h.to(tl.int64) + (key0 + first) * dk_n
+    tl.store(base + (lane[:, None] * dk_n + column[None, :]), acc_k.to(dk.dtype.element_ty), mask=live)
+    base = dv + b * dv_b.to(tl.int64) + g * dv_h.to(tl.int64) + (key0 + first) * dv_n
+    tl.store(base + (lane[:, None] * dv_n + column[None, :]), acc_v.to(dv.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["rows", "keys", "extras", "span"])
+def extra_kernel(
+    q, do, lse, delta, window, extra_k, extra_v, extra_at, part_k, part_v, scale, softcap, rows, keys, extras, span,
+    groups, lse_n, q_b, q_h, q_n, do_b, do_h, do_n, ek_b, ek_h, ek_n, ev_b, ev_h, ev_n,
+    GROUP: tl.constexpr, DIM: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, BE: tl.constexpr,
+    BM: tl.constexpr, PAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What `span` rows add to the gradients of BE further keys: parts (splits, B, Hk, P, D) fp32."""
+    split = tl.program_id(0)
+    e = tl.program_id(1) * BE
+    g = tl.program_id(2) % groups
+    b = tl.program_id(2) // groups
+    slot = tl.arange(0, BE)
+    row = tl.arange(0, BM)
+    column = tl.arange(0, PAD)
+    shift = keys - rows
+    place = b * groups + g
+    w = window_of(window, g)
+    at = tl.load(extra_at + place * extras + e + slot, mask=e + slot < extras, other=HOLE)
+    real = at != HOLE
+    kt = alive_tile(extra_k + b * ek_b.to(tl.int64) + g * ek_h.to(tl.int64), e, ek_n, slot, column, real, DIM)
+    vt = alive_tile(extra_v + b * ev_b.to(tl.int64) + g * ev_h.to(tl.int64), e, ev_n, slot, column, real, DIM)
+    unit = scale * LOG2E
+    if SOFTCAP:
+        unit = unit * 0.0 + LOG2E
+    acc_k = tl.zeros((BE, PAD), tl.float32)
+    acc_v = tl.zeros((BE, PAD), tl.float32)
+    begin = split * span
+    tiles = tl.cdiv(tl.maximum(tl.minimum(rows - begin, span), 0), BM)
+    tiles = tl.where(w < FAR, tiles, 0)
+    for y in range(0, tiles * GROUP):
+        h = g * GROUP + (y // tiles).to(tl.int64)
+        r0 = begin + y % tiles * BM
+        i = r0 + shift + row
+        seen = beyond(i[None, :], at[:, None], w, CAUSAL)
+        q_base = q + b * q_b.to(tl.int64) + h * q_h
+        do_base = do + b * do_b.to(tl.int64) + h * do_h
+        line = (b * groups * GROUP + h) * lse_n
+        acc_k, acc_v = key_step(
+            acc_k, acc_v, kt, vt, q_base, do_base, lse + line, delta + line, r0, row, rows, q_n, do_n, column, seen,
+            unit, scale, softcap, DIM, True, True, SOFTCAP, PRECISION,
+        )  # fmt: skip
+    to = (split * tl.num_programs(2) + place).to(tl.int64) * extras + e
+    to = to * DIM + (slot[:, None] * DIM + column[None, :])
+    live = (e + slot < extras)[:, None] & (column < DIM)[None, :]
+    tl.store(part_k + to, acc_k * scale, mask=live)
+    tl.store(part_v + to, acc_v, mask=live)

@@ -1,0 +1,106 @@
+"""The ahead-of-time gate: what ships compiles for every chip without spills, and aot.json is of today's kernels."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).parents[1] / "docs" / "benchmarks" / "aot.py"
+
+
+@pytest.fixture(scope="module")
+def aot():
+    spec = importlib.util.spec_from_file_location("aot", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def archs():
+    from attnconvert.kernels.triton_common import ARCHITECTURES
+
+    return ARCHITECTURES
+
+
+def gate(*arguments):
+    """Runs in a process of its own, since kernels made under TRITON_INTERPRET cannot be compiled."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_every_kernel_file_lists_its_variants(aot, archs):
+    import attnconvert.kernels.triton_common as common
+
+    folder = Path(common.__file__).parent
+    jitted = {f.stem for f in folder.glob("triton_*.py") if "\n@triton.jit" in f.read_text()}
+    listed = {aot.source(aot.raw(v.function)) for m in aot.modules() for v in aot.variants(m, archs[0])}
+    for stem in jitted:
+        module = importlib.import_module(f"attnconvert.kernels.{stem}")
+        for name, value in vars(module).items():
+            if type(value).__name__ in ("JITFunction", "InterpretedFunction"):
+                (head,) = re.findall(r"^def .*$", aot.source(aot.raw(value)).split("\n@")[0], re.MULTILINE)[:1]
+                assert any(head in source for source in listed), f"{stem}.{name} is in no variant"
+
+
+def test_the_committed_table_is_of_the_kernels_as_they_stand(aot, archs):
+    have = {(r["arch"], r["hash"]) for r in aot.load()}
+    stale = [f"{r['kernel']} on {r['arch']}" for r in aot.expected(archs) if (r["arch"], r["hash"]) not in have]
+    message = f"{len(stale)} configurations are not in aot.json, {stale[:3]} …: run python docs/benchmarks/aot.py"
+    assert not stale, message
+
+
+def test_nothing_in_the_committed_table_spills_or_is_too_large(aot):
+    assert not aot.problems(aot.load())
+
+
+def test_a_hash_is_of_what_is_compiled(aot, archs):
+    rows = list(aot.expected(archs[:2]))
+    assert len({r["hash"] for r in rows}) == len(rows), "two variants are the same"
+    module = aot.modules()[0]
+    v = aot.variants(module, archs[0])[0]
+    row = aot.describe(module, archs[0], v)
+    assert row["hash"] == aot.describe(module, archs[0], v)["hash"]
+    wider = type(v)(**{**vars(v), "warps": v.warps * 2})
+    assert row["hash"] != aot.describe(module, archs[0], wider)["hash"]
+    text = aot.source(aot.raw(v.function))
+    assert '"""' not in text
+    assert "#" not in text
+
+
+def test_the_gate_names_what_spills_is_too_large_or_does_not_compile(aot):
+    row = {"module": "triton_x", "kernel": "x bf16", "arch": "gfx942", "registers": 9, "shared": 65536, "spills": 0}
+    assert aot.problems([row]) == []
+    (line,) = aot.problems([{**row, "shared": 65537}])
+    assert "x bf16 on gfx942" in line
+    assert "65536" in line
+    assert "spills 8" in aot.problems([{**row, "spills": 8}])[0]
+    assert "does not compile" in aot.problems([{**row, "error": "no"}])[0]
+    text = ".vgpr_count:     72\n.vgpr_spill_count: 0\n.sgpr_spill_count: 3\n; ScratchSize: 0\n"
+    assert aot._amd_usage(text) == {"registers": 72, "spills": 3}
+
+
+def test_the_table_has_a_line_for_each_kernel(aot):
+    rows = aot.load()
+    lines = aot.table(rows)
+    assert len(lines) == 2 + len({aot.family(r) for r in rows})
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_some_kernels_compile_for_every_chip():
+    done = gate("--sample", 1, "--jobs", 1)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
+def test_every_configuration_compiles_for_every_chip(tmp_path):
+    results = tmp_path / "aot.json"
+    done = gate("--results", results)
+    assert done.returncode == 0, done.stdout + done.stderr
