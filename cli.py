@@ -22,6 +22,7 @@ from .convert.errors import Interrupted, UsageError
 from .convert.failures import EXIT_CODES, TERMINATED, told
 from .convert.keys import STAGES
 from .convert.terminal import Terminal
+from .kernels.spec import BACKENDS
 
 if TYPE_CHECKING:
     from .convert.recipe import Recipe
@@ -44,6 +45,26 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="The recipes that are shipped, and checks of your own.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
+
+
+@app.callback()
+def _everywhere(
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            envvar="ATTNCONVERT_BACKEND",
+            show_envvar=True,
+            help="Kernels: auto, triton, cpp or torch. One that is named runs or fails; auto says what it chose.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    if backend is None:
+        return
+    if backend not in BACKENDS:
+        raise UsageError(f"no backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    os.environ["ATTNCONVERT_BACKEND"] = backend  # the processes that export starts take it over
 
 
 def _command(group: typer.Typer, name: str) -> Callable[[Function], Function]:
@@ -438,7 +459,7 @@ def _terminate(number: int, frame: Any) -> NoReturn:
 
 def _guarded(given: list[str]) -> int:
     traced = bool({"--verbose", "-v"} & set(given)) or bool(os.environ.get("ATTNCONVERT_DEBUG"))
-    goes_on = "; the same command continues" if given and given[0] in ("run", *STAGES) else ""
+    goes_on = "; the same command continues" if {"run", *STAGES} & set(given[:3]) else ""
     try:
         code = app(given, prog_name="attnconvert", standalone_mode=False)
         if code != Interrupted.exit_code:  # what newer typers make of Ctrl-C

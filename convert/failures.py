@@ -36,6 +36,9 @@ def told(error: Exception) -> tuple[int, str]:
     host = sys.modules.get(f"{__package__}.hosts.transformers")
     if host is not None and isinstance(error, host.Unsupported):
         return UsageError.exit_code, f"error: {error}"
+    kernels = sys.modules.get(f"{__package__.rpartition('.')[0]}.kernels.dispatch")
+    if kernels is not None and isinstance(error, kernels.BackendError):
+        return PreflightError.exit_code, f"error: {one_line(error)}"
     text = one_line(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return (

@@ -48,6 +48,20 @@ def hardware() -> dict[str, Any]:
     }
 
 
+@functools.cache
+def number_type() -> str:
+    """The number type to compute with here: bfloat16 on a GPU and on CPUs with instructions for it, else float32.
+
+    Without such instructions a bf16 matrix product on a CPU takes about a hundred times as long as one in fp32
+    (measured: 0.9 against 95 GFLOP/s on one AVX2 core). Imports nothing and wakes no GPU.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not hidden and any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/kfd")):
+        return "bfloat16"
+    flags = next((line for line in _lines("/proc/cpuinfo") if line.lower().startswith(("flags", "features"))), "")
+    return "bfloat16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags.split()) else "float32"
+
+
 class Meter:
     """Wall seconds and peak resident bytes from its creation on; on CUDA the peak of the GPU allocator too."""
 

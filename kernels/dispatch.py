@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
+from .spec import BACKENDS
+
 log = logging.getLogger("attnconvert.kernels")
-NAMES = ("triton", "cpp", "torch")
-AUTO = "auto"
+AUTO, *NAMES = BACKENDS
 _forced: list[str] = []
 _said: set[tuple[str, ...]] = set()
 _modules: dict[str, ModuleType] = {}

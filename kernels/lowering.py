@@ -23,7 +23,8 @@ from torch import Tensor
 from .masks import Layout, Mask
 from .masks_blocks import Listing, list_blocks
 from .masks_checks import check_count
-from .masks_relations import Array, Relation, Table, compile_mask, every, stored_order
+from .masks_relations import Relation, compile_mask, stored_order
+from .masks_rules import Array, Table, every
 from .problem import Blocks
 
 Masks = Mask | tuple[Mask, ...]
@@ -37,7 +38,8 @@ def dense(masks: Masks, layout: Layout, *, queries: int | None = None, device: s
     function = flex(masks, layout, queries=queries, device=device)
     h = torch.arange(len(masks), device=device)[:, None, None]
     q = torch.arange(queries, device=device)[:, None]
-    return function(0, h, q, torch.arange(layout.tokens, device=device)).expand(len(masks), -1, -1).clone()
+    pairs: Tensor = function(0, h, q, torch.arange(layout.tokens, device=device))
+    return pairs.expand(len(masks), -1, -1).clone()
 
 
 def flex(
@@ -212,7 +214,8 @@ def _blocks(
 def _one_table(listings: list[Listing]) -> tuple[Array, Array]:
     """The kinds of all listings one after another, as rows of one table of patterns, each in it once."""
     seen: dict[bytes, int] = {}
-    table, kinds = [], []
+    table: list[Array] = []
+    kinds = []
     for listing in listings:
         places = np.full(len(listing.patterns) + 1, -1, np.int64)  # the last stands for −1, full
         for n, pattern in enumerate(listing.patterns):

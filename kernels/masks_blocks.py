@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from .masks import Layout, Mask
-from .masks_relations import Array, Between, Column, Relation, Relations, compile_mask, every
+from .masks_relations import Column, Relation, Relations, compile_mask
+from .masks_rules import Array, Between, every
 
 PAIRS = 2**20  # pairs of blocks judged at once
 TILES = 2**19  # pairs of tokens computed at once
@@ -186,12 +187,15 @@ def _classify(pairs: Pairs, q: Array, k: Array) -> tuple[Array, Array]:
     if not len(q):
         return np.zeros(0, np.int64), np.zeros((0, bq, bk // 32), np.int32)
     _, first, member = np.unique(_keys(pairs, q, k), return_index=True, return_inverse=True)
-    kinds, patterns, seen = np.empty(len(first), np.int64), [], {}
+    kinds = np.empty(len(first), np.int64)
+    patterns: list[Array] = []
+    seen: dict[bytes, int] = {}
     step = max(1, TILES // (bq * bk))
     for start in range(0, len(first), step):
         chosen = first[start : start + step]
         allowed, matters = pairs.tiles(q[chosen], k[chosen])
-        some, full = allowed.any((1, 2)), (allowed == matters).all((1, 2))
+        some: Array = np.any(allowed, (1, 2))
+        full: Array = np.all(allowed == matters, (1, 2))
         packed = np.packbits(allowed, axis=2, bitorder="little").view("<i4")  # (n, bq, bk // 32)
         for n in range(len(chosen)):
             kind = -1 if full[n] else -2

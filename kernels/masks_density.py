@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .masks_checks import check_count
-from .masks_relations import Array
+from .masks_rules import Array
 from .problem import Blocks
 
 TILES = 2**22  # pairs of tokens counted at once
@@ -98,7 +98,8 @@ def _pairs(lead: Array, height: Array, width: Array, causal: bool) -> Array:
     # Row r holds clip(lead + 1 + r, 0, width): a triangle that starts at row `begin` and is full from row `end`.
     begin, end = (np.clip(x, 0, height) for x in (-lead, width - lead - 1))
     first, last = lead + 1 + begin, lead + end
-    return np.maximum((first + last) * (end - begin) // 2, 0) + (height - end) * width
+    result: Array = np.maximum((first + last) * (end - begin) // 2, 0) + (height - end) * width
+    return result
 
 
 def _in_patterns(
@@ -126,4 +127,5 @@ def _in_patterns(
         words = np.ascontiguousarray(patterns[kind[:, 0, 0]]).view(np.uint8)
         bits = np.unpackbits(words, axis=2, bitorder="little").view(bool)
         counts[at : at + step] = (bits & (r < tall) & (c < wide) & (c <= r + ahead)).sum((1, 2))
-    return counts[member.ravel()]
+    result: Array = counts[member.ravel()]
+    return result

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 FEATURE_MAPS = ("hedgehog",)
+BACKENDS = ("auto", "triton", "cpp", "torch")  # what may be asked for; `dispatch` chooses
 
 Spec = Any  # one of the dataclasses below; `OPERATORS` lists them
 S = TypeVar("S")

@@ -228,7 +228,7 @@ def decode(p: Decode) -> Tensor:
         partial = torch.empty(batch, heads, pieces, dim, dtype=torch.float32, device=p.q.device)
         sums = torch.empty(batch, heads, pieces, 2, dtype=torch.float32, device=p.q.device)
     linear = any(part.fq is not None for part in p.parts)
-    bd = max(16, triton.next_power_of_2(dim))
+    bd = max(32, triton.next_power_of_2(dim))
     _step[(batch * groups, pieces)](
         p.q, _table(tuple(lines), p.q.device), out if p.sink_logits is None else p.sink_logits, partial, sums,
         p.q.stride(0), p.q.stride(1), p.scale, p.softcap, groups, dim, size, *used, GROUP=group,
@@ -255,7 +255,7 @@ def refuses(p: Decode) -> str | None:
 def variants(arch: str) -> Iterator[Variant]:
     """Groups of up to 16 query heads pad to the same tile; sinks and features only add to what is compiled."""
     for name in ("bf16", "fp16", "fp32"):
-        for bd, split in ((x, s) for x in (16, 32, 64, 128, 256) for s in (False, True)):
+        for bd, split in ((x, s) for x in (32, 64, 128, 256) for s in (False, True)):
             bn, bf, warps = tiles(arch, bd, name == "fp32")
             constants: dict[str, Any] = {
                 "GROUP": 4, "ROWS": 16, "BN": bn, "BD": bd, "BF": bf, "SINK": True, "SPLIT": split, "LINEAR": True,
@@ -266,6 +266,6 @@ def variants(arch: str) -> Iterator[Variant]:
             types |= {"scale": "fp32", "cap": "fp32"}
             label = f"decode {name} {bd}{' split' * split}"
             yield describe(label, _step, types, constants, warps, 2)
-    for bd in (16, 64, 256):
+    for bd in (32, 64, 128, 256):
         types = {"partial": "*fp32", "sums": "*fp32", "out": "*bf16"}
         yield describe(f"decode merge {bd}", _merge, types, {"BD": bd, "BP": 16}, 4, 3)

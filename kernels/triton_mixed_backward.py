@@ -415,3 +415,170 @@ def extra_kernel(
     live = (e + slot < extras)[:, None] & (column < DIM)[None, :]
     tl.store(part_k + to, acc_k * scale, mask=live)
     tl.store(part_v + to, acc_v, mask=live)
+
+
+# --------------------------------------------------------------------------------------------------------- on the host
+
+QUERY = {  # rows, keys of a step, warps, stages of `query_kernel`
+    ("sm_80", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
+    ("sm_89", True): {64: Tile(128, 32, 8, 2), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 8, 1)},
+    ("sm_90", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
+    ("sm_100", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
+    ("gfx942", True): {64: Tile(128, 32, 8, 1), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 8, 1)},
+    ("sm_80", False): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    ("sm_89", False): {64: Tile(64, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    ("sm_90", False): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    ("sm_100", False): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    ("gfx942", False): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+}
+KEY = {  # keys, rows of a step, warps, stages of `key_kernel`
+    ("sm_80", True): {64: Tile(128, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
+    ("sm_89", True): {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
+    ("sm_90", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
+    ("sm_100", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
+    ("gfx942", True): {64: Tile(64, 32, 8, 1), 128: Tile(64, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
+    ("sm_80", False): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    ("sm_89", False): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    ("sm_90", False): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    ("sm_100", False): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    ("gfx942", False): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+}
+SPAN = 512  # rows of one program of `extra_kernel`
+
+
+def backward_tile(p: Softmax, table: dict[tuple[str, bool], dict[int, Tile]], arch: str, own: int) -> Tile:
+    """The tile of a kernel whose programs own rows (0) or keys (1), cut to what the blocks of the lists allow."""
+    t = table[arch, p.q.dtype != torch.float32][max(64, padded(p.q.shape[3]))]
+    if isinstance(p.where, Ranges):
+        return t
+    block = p.where.block
+    return Tile(min(t.own, divisor(block[own], 1024)), min(t.walk, divisor(block[1 - own], 1024)), t.warps, t.stages)
+
+
+def mixed_backward(
+    p: Softmax,
+    branch: Branch | None,
+    out: Mixed,
+    do: Tensor,
+    dlinear: Tensor | None,
+    *,
+    config: Tile | None = None,
+    chunk: int | None = None,
+) -> MixedGradients:
+    """As in `problem`. `config` and `chunk` replace the tiles and the rows per state, for tests."""
+    arch = architecture()
+    do, lse = _rows(do), out.lse.contiguous()
+    delta = torch.empty(p.q.shape[:3], dtype=torch.float32, device=p.q.device)
+    gain = offset = shift = None
+    upstream = do
+    if branch is not None:
+        gain, offset = (torch.empty(branch.fq.shape[:3], dtype=torch.float32, device=p.q.device) for _ in range(2))
+        shift = delta
+    _delta(p, out.o, do, lse, delta, branch if branch is not None and branch.shared else None, gain, offset)
+    if branch is not None and not branch.shared:
+        assert out.linear is not None
+        assert out.den is not None
+        upstream = _rows(dlinear if dlinear is not None else torch.zeros_like(out.linear))
+        shift = torch.empty(branch.fq.shape[:3], dtype=torch.float32, device=p.q.device)
+        _delta(p, out.linear, upstream, out.den.contiguous(), shift, branch, gain, offset)
+    dfq = dfk = dv_branch = None
+    if branch is not None:
+        assert gain is not None
+        assert offset is not None
+        assert shift is not None
+        dfq, dfk, dv_branch = branch_gradients(p, branch, arch, upstream, gain, offset, shift, chunk)
+    # packed rows and keys may belong to no sequence
+    dq, dk, dv = (torch.empty_like(x) if p.varlen is None else torch.zeros_like(x) for x in (p.q, p.k, p.v))
+    _queries(p, arch, do, lse, delta, dq, config)
+    _keys(p, branch, arch, do, lse, delta, dk, dv, dv_branch, config)
+    dek, dev = _extras(p, arch, do, lse, delta)
+    return MixedGradients(q=dq, k=dk, v=dv, extra_k=dek, extra_v=dev, fq=dfq, fk=dfk)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Gradients may come expanded or transposed: the last axis has to be contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _delta(
+    p: Softmax,
+    o: Tensor,
+    do: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    branch: Branch | None,
+    gain: Tensor | None,
+    offset: Tensor | None,
+) -> None:
+    """`lse` is the denominator where o is the output of a branch of its own."""
+    b, heads, rows, dim = o.shape
+    mode = 0 if branch is None else 1 if branch.shared else 2
+    if not o.numel():
+        return
+    delta_kernel[triton.cdiv(rows, 64), heads, b](
+        o, do, lse, branch and branch.groups, branch and branch.weight, lse if mode == 2 else None, delta,
+        gain if mode else None, offset if mode else None, rows, *strides(o), *strides(do),
+        branch.fq.shape[1] if branch else 1, GROUP=sizes_of(p).per, DIM=dim, PAD=padded(dim), BRANCH=mode, BM=64,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def _queries(p: Softmax, arch: str, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, config: Tile | None) -> None:
+    s, t, lists, extra = sizes_of(p), config or backward_tile(p, QUERY, arch, 0), lists_of(p.where), p.extra
+    if not p.q.numel():
+        return
+    query_kernel[triton.cdiv(s.rows, t.own), s.heads, s.count](
+        p.q, p.k, p.v, do, dq, lse, delta, p.where.window if isinstance(p.where, Ranges) else None, lists.starts,
+        lists.counts, lists.columns, lists.kinds, lists.patterns, bytes_of(p.valid), extra and extra.k,
+        extra and extra.v, extra and extra.at.contiguous(), *cumulative(p), p.scale, p.softcap or 1.0, s.rows, s.keys,
+        extra.at.shape[2] if extra else 0, lists.stride_b, lists.stride_h, p.q.shape[2], p.k.shape[2], *strides(p.q),
+        *strides(p.k), *strides(p.v), *strides(do), *strides(dq), *strides(extra and extra.k),
+        *strides(extra and extra.v), GROUP=s.per, DIM=s.dim, CAUSAL=p.causal, RANGES=isinstance(p.where, Ranges),
+        SOFTCAP=p.softcap > 0, BQ=lists.block[0], BK=max(lists.block[1], t.walk), BM=t.own, BN=t.walk, BE=16,
+        PAD=padded(s.dim), PRECISION=dot_precision(p.q.dtype), num_warps=t.warps, num_stages=t.stages,
+    )  # fmt: skip
+
+
+def _keys(
+    p: Softmax,
+    branch: Branch | None,
+    arch: str,
+    do: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dv_branch: Tensor | None,
+    config: Tile | None,
+) -> None:
+    s, t, lists = sizes_of(p), config or backward_tile(p, KEY, arch, 1), lists_of(p.where, True)
+    if not p.k.numel():
+        return
+    key_kernel[triton.cdiv(s.keys, t.own), s.groups, s.count](
+        p.q, p.k, p.v, do, dk, dv, lse, delta, p.where.window if isinstance(p.where, Ranges) else None, lists.starts,
+        lists.counts, lists.columns, lists.kinds, lists.patterns, bytes_of(p.valid), *cumulative(p),
+        branch and branch.groups, dv_branch, p.scale, p.softcap or 1.0, s.rows, s.keys, lists.stride_b, lists.stride_h,
+        p.q.shape[2], p.k.shape[2], branch.fk.shape[1] if branch else 1, *strides(p.q), *strides(p.k), *strides(p.v),
+        *strides(do), *strides(dk), *strides(dv), GROUP=s.per, DIM=s.dim, CAUSAL=p.causal,
+        RANGES=isinstance(p.where, Ranges), SOFTCAP=p.softcap > 0, BQ=max(lists.block[0], t.walk), BK=lists.block[1],
+        BN=t.own, BM=t.walk, PAD=padded(s.dim), PRECISION=dot_precision(p.q.dtype), num_warps=t.warps,
+        num_stages=t.stages,
+    )  # fmt: skip
+
+
+def _extras(p: Softmax, arch: str, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    if p.extra is None:
+        return None, None
+    assert isinstance(p.where, Ranges)
+    s, x = sizes_of(p), p.extra
+    splits = max(1, triton.cdiv(s.rows, SPAN))
+    parts = [torch.empty(splits, *x.k.shape, dtype=torch.float32, device=p.q.device) for _ in range(2)]
+    t = KEY[arch, p.q.dtype != torch.float32][max(64, padded(s.dim))]
+    if x.k.numel():
+        extra_kernel[splits, triton.cdiv(x.at.shape[2], 16), s.groups * s.count](
+            p.q, do, lse, delta, p.where.window, x.k, x.v, x.at.contiguous(), *parts, p.scale, p.softcap or 1.0, s.rows,
+            s.keys, x.at.shape[2], SPAN, s.groups, p.q.shape[2], *strides(p.q), *strides(do), *strides(x.k),
+            *strides(x.v), GROUP=s.per, DIM=s.dim, CAUSAL=p.causal, SOFTCAP=p.softcap > 0, BE=16, BM=t.walk,
+            PAD=padded(s.dim), PRECISION=dot_precision(p.q.dtype), num_warps=4, num_stages=t.stages,
+        )  # fmt: skip
+    return parts[0].sum(0).to(x.k.dtype), parts[1].sum(0).to(x.v.dtype)

@@ -310,18 +310,20 @@ def scanned(
     reverse: bool,
     state: Tensor | None = None,
     final: Tensor | None = None,
+    keep: bool = False,
 ) -> States:
-    """Inclusive running sums along the pieces, in place where the dtype allows."""
+    """Inclusive running sums along the pieces, in place where the dtype allows and the sums need not be kept."""
     lanes, count, width, dim = x.kv.shape
-    kv = x.kv if dtype == x.kv.dtype else torch.empty_like(x.kv, dtype=dtype)
+    kv = x.kv if dtype == x.kv.dtype and not keep else torch.empty_like(x.kv, dtype=dtype)
+    z = torch.empty_like(x.z) if keep else x.z
     grid = (triton.cdiv(width * dim, BLOCK) + triton.cdiv(width, BLOCK), lanes)
     if state is not None and state.stride(-1) != 1:
         state = state.contiguous()
     scan_kernel[grid](
-        x.kv, x.z, kv, x.z, state, final, *strides(state), count, branches, DIM=dim, FEATURES=width, REVERSE=reverse,
+        x.kv, x.z, kv, z, state, final, *strides(state), count, branches, DIM=dim, FEATURES=width, REVERSE=reverse,
         BLOCK=BLOCK, STEP=STEP, num_warps=4,
     )  # fmt: skip
-    return States(kv, x.z, x.chunk)
+    return States(kv, z, x.chunk)
 
 
 def unlisted(p: Softmax) -> Tensor:

@@ -537,6 +537,8 @@ def test_tiles_are_stored_one_after_another_and_make_whole_blocks():
     assert density(where, layout.tokens).block < 0.4
     rows = Layout(grid=(4, 16, 16), text_first=20)
     assert density(blocks(mask, rows, (32, 32)), rows.tokens).block > 1.5 * density(where, layout.tokens).block
+    whole = Layout(grid=(4, 4), order="tile", tile=(2, 2))
+    assert [int(p) for p in permutation(whole)[0]][::4] == [0, 2, 8, 10]
     cut = Layout(grid=(5, 5), order="tile", tile=(2, 2))
     assert [int(p) for p in permutation(cut)[0]][:8] == [0, 1, 5, 6, 2, 3, 7, 8]
     assert [int(p) for p in permutation(cut)[0]][16:] == [4, 9, 14, 19, 20, 21, 22, 23, 24]  # cut tiles come last

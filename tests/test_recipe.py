@@ -13,6 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from attnconvert.convert.errors import UsageError
+from attnconvert.convert.machine import number_type
 from attnconvert.convert.recipe import (
     Recipe,
     RecipeError,
@@ -264,7 +265,8 @@ def test_defaults_make_a_short_recipe_complete() -> None:
     recipe = parse_recipe(SMALL, "r.yaml")
     assert recipe.profile.candidates == (Window(size=128, sinks=4),)
     assert recipe.evaluate.needles.template != recipe.profile.needles.template
-    assert recipe.model.dtype == "bfloat16"
+    assert recipe.model.dtype == number_type()
+    assert number_type() in ("bfloat16", "float32")
 
 
 def test_a_recipe_cannot_be_changed() -> None:

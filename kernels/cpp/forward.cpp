@@ -1,5 +1,5 @@
 // Mixed and linear attention, forward: packs each KV group once and shares its tiles of rows out over the threads.
-#include "linear.h"
+#include "branch.h"
 
 namespace attn {
 namespace {
@@ -9,7 +9,8 @@ constexpr int64_t WAVE = 16 << 20;  // floats of packed keys that are held at on
 struct Group {  // one sequence and KV group
     Which x;
     Packed near, extra;
-    Linear far;
+    Sums far;
+    int64_t t = -1;  // the row of the branch, -1 without
     bool has_extra = false;
     int64_t floats = 0, near_floats = 0, extra_floats = 0;
 };
@@ -79,8 +80,12 @@ class Forward {
         }
         y.floats = y.near_floats + y.extra_floats;
         if (a.index && a.index[g] >= 0) {
-            y.far.t = a.index[g];
-            y.floats += plan(y.far, a, y.x, F, D);
+            const bool lists = y.x.lists;
+            y.t = a.index[g];
+            y.floats += y.far.plan(s.K, F, D, lists ? a.block_k : chunk_of(F, D), !lists && !y.x.causal && y.x.w > 0, lists);
+            const Rows fk = a.fk.rows(s.b, y.t, s.k0, s.K), v = a.v.rows(s.b, g, s.k0, s.K);
+            y.far.features = [fk](int64_t j, float* to) { to_float(to, fk.at(j), fk.dtype, fk.d); };
+            y.far.value = [v](int64_t j, float* to) { to_float(to, v.at(j), v.dtype, v.d); };
         }
         return y;
     }
@@ -139,14 +144,14 @@ class Forward {
                 lay(y.extra, at + y.near_floats);
                 for (size_t u = 0; u < y.extra.needed.size(); u++) packing.push_back({group, 1, static_cast<int64_t>(u)});
             }
-            if (y.far.t >= 0) {
-                attn::lay(y.far, at + y.near_floats + y.extra_floats, y.x.lists);
+            if (y.t >= 0) {
+                y.far.lay(at + y.near_floats + y.extra_floats);
                 for (int64_t c = 0; c < y.far.count; c++) packing.push_back({group, 2, c});
                 chunk = std::max(chunk, y.far.chunk);
             }
             at += y.floats;
         }
-        const int64_t near_room = up(Room::floats(D), 16), room = near_room + LinearRoom::floats(F, D, chunk);
+        const int64_t near_room = up(Room::floats(D), 16), room = near_room + SumsRoom::floats(F, D, chunk);
         Buffer rooms(room * a.threads);
         parallel(a.threads, packing.size(), [&](int64_t i) {
             const Unit& u = packing[i];
@@ -154,7 +159,7 @@ class Forward {
             float* work = rooms.get() + room * omp_get_thread_num();
             const Sequence& s = y.x.s;
             if (u.part == 2) {
-                sum_chunk(a, y.x, y.far, u.unit, work);
+                sum_chunk(y.far, u.unit, work);
                 return;
             }
             Packed& p = u.part == 1 ? y.extra : y.near;
@@ -167,17 +172,18 @@ class Forward {
         if (a.index)
             parallel(a.threads, last - first, [&](int64_t i) {
                 Group& y = groups_[first + i];
-                if (y.far.t < 0) return;
-                sum_up(a, y.x, y.far);
-                LinearRoom r;
+                if (y.t < 0) return;
+                incoming(a, y.x, y.t, y.far, false);
+                sum_up(y.far);
+                SumsRoom r;
                 r.lay(rooms.get() + room * omp_get_thread_num() + near_room, F, D);
-                if (a.state_out.data) final_state(a, y.x, y.far, r);
+                if (a.state_out.data) outgoing(a, y.x, y.t, y.far, r);
             });
         std::vector<std::vector<Span>> lists(a.threads);
         parallel(a.threads, todo.size(), [&](int64_t i) {
             const int thread = omp_get_thread_num();
             Room r;
-            LinearRoom l;
+            SumsRoom l;
             r.lay(rooms.get() + room * thread, D);
             l.lay(rooms.get() + room * thread + near_room, F, D);
             rows<Op>(todo[i], r, l, lists[thread]);
@@ -185,26 +191,41 @@ class Forward {
     }
 
     template <class Op>
-    void rows(const Job& job, const Room& r, const LinearRoom& l, std::vector<Span>& todo) {
+    void rows(const Job& job, const Room& r, const SumsRoom& l, std::vector<Span>& todo) {
         Group& y = groups_[job.group];
-        if (y.far.t >= 0 && y.x.lists) rest(a, y.x, y.far, job.t0 / (a.block_q * y.x.G), l);
+        if (y.t >= 0 && y.x.lists) {
+            std::vector<int64_t> named;
+            const int64_t seen = unlisted(a, y.x, job.t0 / (a.block_q * y.x.G), named);
+            rest(y.far, 0, seen, named, l);
+        }
         const int64_t step = tile_rows(y.x.G);
         for (int64_t t = job.t0; t < job.t1; t += step) {
             const int64_t n = std::min(step, job.t1 - t);
             if (a.softmax) softmax_tile<Op>(a, y.x, y.near, y.has_extra ? &y.extra : nullptr, todo, t, n, r);
-            if (y.far.t >= 0) linear_tile(a, y.x, y.far, t, n, r.s, l);
+            if (y.t >= 0) far_tile(y, t, n, r.s, l);
             for (int64_t i = 0; i < n; i++) {
                 if (a.softmax) finish_softmax(y, t + i, i, r, l);
-                if (y.far.t >= 0 && !a.shared) finish_linear(y, t + i, i, l);
+                if (y.t >= 0 && !a.shared) finish_linear(y, t + i, i, l);
             }
         }
     }
 
-    void finish_softmax(const Group& y, int64_t t, int64_t i, const Room& r, const LinearRoom& l) {
+    void far_tile(const Group& y, int64_t t0, int64_t rows, float* s, const SumsRoom& l) {
+        const int64_t wide = up(F, W), G = y.x.G;
+        std::memset(l.fq, 0, up(rows, MR) * wide * 4);
+        for (int64_t i = 0; i < rows; i++) {
+            const int64_t t = t0 + i;
+            to_float(l.fq + i * wide, a.fq.at(y.x.s.b, y.t * G + t % G, y.x.s.q0 + t / G), a.fq.dtype, F);
+        }
+        const Reach reach = reach_of(y.x, t0, rows);
+        linear_tile(y.far, &reach, rows, s, l);
+    }
+
+    void finish_softmax(const Group& y, int64_t t, int64_t i, const Room& r, const SumsRoom& l) {
         const int64_t head = y.x.g * y.x.G + t % y.x.G, row = y.x.s.q0 + t / y.x.G, d = up(D, W);
-        const bool tail = y.far.t >= 0 && a.shared && l.den[i] > 0;
+        const bool tail = y.t >= 0 && a.shared && l.den[i] > 0;
         const float sink = a.sink.data ? a.sink.number(head) * LOG2E : LOWEST;
-        const float far = tail ? a.weight.number(y.far.t * y.x.G + t % y.x.G) * LOG2E : LOWEST;
+        const float far = tail ? a.weight.number(y.t * y.x.G + t % y.x.G) * LOG2E : LOWEST;
         const float top = std::max(std::max(sink, far), r.m[i]);
         float* o = r.o + i * d;
         float* lse = reinterpret_cast<float*>(a.lse.at(y.x.s.b, head, row));
@@ -225,8 +246,8 @@ class Forward {
         from_float(a.o.at(y.x.s.b, head, row), o, a.o.dtype, D);
     }
 
-    void finish_linear(const Group& y, int64_t t, int64_t i, const LinearRoom& l) {
-        const int64_t head = y.far.t * y.x.G + t % y.x.G, row = y.x.s.q0 + t / y.x.G, d = up(D, W);
+    void finish_linear(const Group& y, int64_t t, int64_t i, const SumsRoom& l) {
+        const int64_t head = y.t * y.x.G + t % y.x.G, row = y.x.s.q0 + t / y.x.G, d = up(D, W);
         if (a.normalize) scale_by(l.a + i * d, 1.0f / (l.den[i] + 1e-6f), d);
         from_float(a.linear.at(y.x.s.b, head, row), l.a + i * d, a.linear.dtype, D);
         *reinterpret_cast<float*>(a.den.at(y.x.s.b, head, row)) = l.den[i];

@@ -177,13 +177,14 @@ INLINE void units(float* to, const Rows& x, int64_t i, int64_t n) {
     if (n > used) std::memset(to + used, 0, (n - used) * 4);
 }
 
-// Rows from : to of x as columns of `out`, whose depth is units of d. `to` may pass the last row; both multiples of 8.
+// Rows from : to as columns of `out`, whose depth is units of d; row `origin` is the first of x. `to` may pass the last
+// row; both are multiples of 8.
 template <class Op>
-void pack_columns(const Rows& x, const Panels& out, int64_t from, int64_t to, float* scratch) {
+void pack_columns(const Rows& x, const Panels& out, int64_t from, int64_t to, float* scratch, int64_t origin = 0) {
     const int64_t n = x.d / Op::PER, wide = up(n, 8);
     float* square = scratch + 8 * wide;  // 8 x 8, for the last units of a row that is no multiple of 8
     for (int64_t j = from; j < to; j += 8) {
-        for (int64_t i = 0; i < 8; i++) units<Op>(scratch + i * wide, x, j + i, wide);
+        for (int64_t i = 0; i < 8; i++) units<Op>(scratch + i * wide, x, j + i - origin, wide);
         const int64_t width = out.width(j);
         float* p = out.at(j, 0);
         for (int64_t d = 0; d < n; d += 8) {
@@ -197,19 +198,19 @@ void pack_columns(const Rows& x, const Panels& out, int64_t from, int64_t to, fl
     }
 }
 
-// Rows from : to of x as rows of `out`, whose columns are d padded with zeros.
+// Rows from : to as rows of `out`, whose columns are d padded with zeros.
 template <class Op>
-void pack_rows(const Rows& x, const Panels& out, int64_t from, int64_t to, float* scratch) {
+void pack_rows(const Rows& x, const Panels& out, int64_t from, int64_t to, float* scratch, int64_t origin = 0) {
     const int64_t wide = out.cols;
     for (int64_t j = from; j < to; j += Op::PER) {
         if (Op::PER == 1) {
-            units<Floats>(scratch, x, j, wide);
+            units<Floats>(scratch, x, j - origin, wide);
         } else {
             auto* both = reinterpret_cast<uint16_t*>(scratch);
             uint16_t* one = both + 2 * wide;
             for (int64_t e = 0; e < 2; e++, one += wide) {
                 std::memset(one, 0, wide * 2);
-                if (x.has(j + e)) std::memcpy(one, x.at(j + e), x.d * 2);
+                if (x.has(j - origin + e)) std::memcpy(one, x.at(j - origin + e), x.d * 2);
             }
             const uint16_t *first = both + 2 * wide, *second = first + wide;
             for (int64_t d = 0; d < wide; d++) {
