@@ -17,6 +17,7 @@ from .problem import (
     Extra,
     Linear,
     Mixed,
+    MixedGradients,
     Ranges,
     Softmax,
     Varlen,
@@ -140,6 +141,35 @@ def linear_forward(p: Linear) -> tuple[Tensor, Tensor, Tensor | None]:
     a.set(linear=o, den=den, state_out=state)
     a.call("attnconvert_forward")
     return o, den, state
+
+
+def mixed_backward(p: Softmax, branch: Branch | None, out: Mixed, do: Tensor, dlinear: Tensor | None) -> MixedGradients:
+    """Gradients of what `mixed_forward` read; the probabilities are computed again from `out.lse`."""
+    fill = torch.empty if p.varlen is None else torch.zeros
+    a = _softmax_args(p)
+    dq, dk, dv = (fill(x.shape, dtype=x.dtype) for x in (p.q, p.k, p.v))
+    a.set(o=out.o, lse=out.lse, d_o=do, dq=dq, dk=dk, dv=dv)
+    dek = dev = dfq = dfk = None
+    if p.extra is not None:  # groups without a window read none of them
+        dek, dev = torch.zeros_like(p.extra.k), torch.zeros_like(p.extra.v)
+        a.set(d_extra_k=dek, d_extra_v=dev)
+    if branch is not None:
+        dfq, dfk = (torch.zeros(x.shape, dtype=x.dtype) for x in (branch.fq, branch.fk))
+        if branch.shared or dlinear is not None:
+            _branch_args(a, branch)
+            a.set(linear=out.linear, den=out.den, d_linear=dlinear, dfq=dfq, dfk=dfk)
+    a.call("attnconvert_backward")
+    return MixedGradients(q=dq, k=dk, v=dv, extra_k=dek, extra_v=dev, fq=dfq, fk=dfk)
+
+
+def linear_backward(p: Linear, o: Tensor, den: Tensor, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of fq, fk and v."""
+    fill = torch.empty if p.varlen is None else torch.zeros
+    a = _linear_args(p)
+    dfq, dfk, dv = (fill(x.shape, dtype=x.dtype) for x in (p.fq, p.fk, p.v))
+    a.set(linear=o, den=den, d_linear=do, dfq=dfq, dfk=dfk, dv=dv)
+    a.call("attnconvert_backward")
+    return dfq, dfk, dv
 
 
 def decode(p: Decode) -> Tensor:

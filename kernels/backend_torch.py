@@ -94,7 +94,7 @@ def linear_backward(p: Linear, o: Tensor, den: Tensor, do: Tensor) -> tuple[Tens
 
 
 @torch.no_grad()
-def decode(p: Decode) -> Tensor:
+def decode(p: Decode) -> tuple[Tensor, list[Tensor]]:
     return decode_step(p)
 
 

@@ -319,8 +319,8 @@ def _feature_gradients(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
 
 features.register_autograd(_feature_gradients, setup_context=_keep_features)
 
-DECODE = "Tensor q, Tensor[] tensors, int[] layout, float scale, float softcap, Tensor? sink_logits, str backend"
-FIELDS = ("mask", "fq", "state", "weight")  # of a part, where they are there
+DECODE = "Tensor q, Tensor[] tensors, SymInt[] layout, float scale, float softcap, Tensor? sink_logits, str backend"
+FIELDS = ("mask", "fq", "state", "weight", "late")  # of a part, where they are there
 
 
 def pack_decode(p: Decode) -> tuple[Any, ...]:
@@ -346,16 +346,18 @@ def _decode_problem(
     return Decode(q=q, parts=tuple(parts), scale=scale, softcap=softcap, sink_logits=sink)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::decode", mutates_args=(), schema=f"({DECODE}) -> Tensor")
-def decode(*args: Any) -> Tensor:
-    """`decode` of a back end."""
-    return _fresh(backend(args[-1]).decode(_decode_problem(*args[:-1])), args[0])
+@torch.library.custom_op(f"{NAMESPACE}::decode", mutates_args=(), schema=f"({DECODE}) -> (Tensor, Tensor[])")
+def decode(*args: Any) -> tuple[Tensor, list[Tensor]]:
+    """`decode` of a back end: o, and what late slots received."""
+    o, received = backend(args[-1]).decode(_decode_problem(*args[:-1]))
+    return _fresh(o, o), [_fresh(x, x) for x in received]
 
 
 @decode.register_fake
-def _(*args: Any) -> Tensor:
-    q: Tensor = args[0]
-    return q.new_empty(q.shape)
+def _(*args: Any) -> tuple[Tensor, list[Tensor]]:
+    p = _decode_problem(*args[:-1])
+    asked = [part for part in p.parts if part.late is not None]
+    return p.q.new_empty(p.q.shape), [x.k.new_empty(x.k.shape[:3], dtype=_wide(p.q)) for x in asked]
 
 
 RETAIN = "Tensor q, Tensor k, Tensor v, Tensor at, float scale, int window, int keep, int sinks, int block, "

@@ -160,8 +160,25 @@ def _decode(
         parts += _runs(part, [order.index(g) for g in use.groups], per)
     q, _, _, call = _heads(order, q, k, v, call)
     parts.sort(key=lambda part: part.first)
-    o = ops.decode_step(q, parts, scale=call.scale, softcap=call.softcap or 0.0, sink_logits=call.sink_logits)
+    o, received = ops.decode_step(q, parts, scale=call.scale, softcap=call.softcap or 0.0, sink_logits=call.sink_logits)
+    _receive(uses, [n for n in members if hasattr(_file(uses[n]), "receive")], order, parts, received, after)
     return order, o
+
+
+def _receive(
+    uses: Sequence[Use],
+    members: list[int],
+    order: list[int],
+    parts: Sequence[Part],
+    received: Sequence[Tensor],
+    after: list[object],
+) -> None:
+    """What the slots of a step received goes to the operators that asked for it."""
+    asked = [part for part in parts if part.late is not None]
+    by_group = {part.first + n: x[:, n] for part, x in zip(asked, received, strict=True) for n in range(x.shape[1])}
+    for n in members:
+        given = torch.stack([by_group[order.index(g)] for g in uses[n].groups], 1)
+        _file(uses[n]).receive(uses[n].spec, after[n], given)
 
 
 def _runs(part: Part, groups: list[int], per: int) -> list[Part]:

@@ -206,10 +206,11 @@ def decode_step(
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:
+) -> tuple[Tensor, list[Tensor]]:
     """One new token per sequence over every kind of cache at once. q (B, H, 1, D) → (B, H, 1, D)
 
     The parts cover the KV groups in order: full caches, rings with sinks, kept tokens, linear states, in any mixture.
+    Beside the output come the tensors that parts with `late` ask for.
     """
     if q.dim() != 4 or q.shape[2] != 1:
         raise ValueError(f"q has shape {tuple(q.shape)}: expected one token, (B, H, 1, D)")
@@ -223,13 +224,16 @@ def decode_step(
             raise ValueError(f"parts[{n}].mask has shape {tuple(part.mask.shape)}: expected (B, at least {part.used})")
         if (part.fq is None) != (part.state is None):
             raise ValueError(f"parts[{n}] has fq or state alone: expected both or neither")
+        if part.late is not None and (part.fq is not None or tuple(part.late.shape) != (q.shape[0], part.k.shape[2])):
+            expected = (q.shape[0], part.k.shape[2])
+            raise ValueError(f"parts[{n}].late has shape {tuple(part.late.shape)}: expected {expected} and no branch")
         at += part.k.shape[1]
     if at == 0 or q.shape[1] % at:
         raise ValueError(f"parts have {at} KV groups: expected a divisor of the {q.shape[1]} heads of q")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     p = Decode(q=q, parts=tuple(parts), scale=scale, softcap=float(softcap), sink_logits=sink_logits)
-    o: Tensor = custom_ops.decode(*custom_ops.pack_decode(p), choose("decode", p, q, backend))
-    return o
+    o, received = custom_ops.decode(*custom_ops.pack_decode(p), choose("decode", p, q, backend))
+    return o, received
 
 
 @torch.no_grad()

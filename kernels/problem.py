@@ -173,7 +173,8 @@ class Part:
     k, v (B, hp, C, D): cached keys in any order, of which the first `used` slots count and, where `mask` (B, C) bool
     is given, only those it names. `fq` (B, hp·G, F) and `state` (B, hp, F, D + 1) fp32 add a linear branch under the
     same normaliser with log-weight `weight` (hp·G,) fp32, as in `Branch`; used = 0 and weight = None make it linear
-    attention (o = A[:D] / (A[D] + EPS)).
+    attention (o = A[:D] / (A[D] + EPS)). `late` (B, C) bool asks for what the slots it names received: (B, hp, C)
+    fp32, the probabilities summed over the G query heads of each group, 0 at the other slots; not beside a branch.
     """
 
     first: int
@@ -184,11 +185,15 @@ class Part:
     fq: Tensor | None = None
     state: Tensor | None = None
     weight: Tensor | None = None
+    late: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Decode:
-    """One new token per sequence: q (B, H, 1, D) over the parts, which cover all KV groups in order, in one launch."""
+    """One new token per sequence: q (B, H, 1, D) over the parts, which cover all KV groups in order, in one launch.
+
+    A back end gives o (B, H, 1, D) and what was received, one tensor for each part that asks, in their order.
+    """
 
     q: Tensor
     parts: tuple[Part, ...]

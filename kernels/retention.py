@@ -14,23 +14,44 @@ from torch import Tensor, nn
 from . import ops
 from .call import Call, Cost, Shape, grouped, logits, sink_column, softmax_terms
 from .linear import refuse_limit
+from .problem import EMPTY, Part
 from .spec import Retention
 
 
 @dataclass
 class RetentionState:
-    """The memory of `problem.Retain`, batch first."""
+    """k, v (B, Hk, window + keep + sinks, D) in that order, with `at` (B, Hk, window + keep), −1 = empty, and `score`.
 
-    ring_k: Tensor
-    ring_v: Tensor
-    ring_at: Tensor
-    ring_score: Tensor
-    kept_k: Tensor
-    kept_v: Tensor
-    kept_at: Tensor
-    kept_score: Tensor
-    sink_k: Tensor
-    sink_v: Tensor
+    A recent token of position p is in slot p % window, a sink of position p in slot p of the sinks; what was kept
+    fills its slots from the first.
+    """
+
+    k: Tensor
+    v: Tensor
+    at: Tensor
+    score: Tensor
+
+
+def _memory(spec: Retention, state: RetentionState) -> tuple[Tensor, ...]:
+    """The state as `problem.Retain` names it, in views."""
+    ring, kept = slice(0, spec.window), slice(spec.window, spec.window + spec.keep)
+    sinks = slice(spec.window + spec.keep, None)
+    k, v, at, score = state.k, state.v, state.at, state.score
+    recent = (k[:, :, ring], v[:, :, ring], at[:, :, ring], score[:, :, ring])
+    return (*recent, k[:, :, kept], v[:, :, kept], at[:, :, kept], score[:, :, kept], k[:, :, sinks], v[:, :, sinks])
+
+
+def _state(memory: tuple[Tensor, ...]) -> RetentionState:
+    """The inverse: one buffer, with what was kept moved to the front of its slots."""
+    ring_k, ring_v, ring_at, ring_score, kept_k, kept_v, kept_at, kept_score, sink_k, sink_v = memory
+    order = (kept_at < 0).int().argsort(dim=-1, stable=True)
+    rows = order[..., None].expand_as(kept_k)
+    return RetentionState(
+        torch.cat([ring_k, kept_k.gather(2, rows), sink_k], 2),
+        torch.cat([ring_v, kept_v.gather(2, rows), sink_v], 2),
+        torch.cat([ring_at, kept_at.gather(2, order)], 2),
+        torch.cat([ring_score, kept_score.gather(2, order)], 2),
+    )
 
 
 def parameters(spec: Retention, heads: int, kv_heads: int, dim: int) -> nn.Module | None:
@@ -76,7 +97,7 @@ def attend(
 ) -> tuple[Tensor, RetentionState]:
     """The new tokens attend to what is recent and what was kept. → (B, H, Q, D), state"""
     refuse_limit(call)
-    memory = tuple(vars(state).values()) if isinstance(state, RetentionState) else None
+    memory = _memory(spec, state) if isinstance(state, RetentionState) else None
     o, after = ops.retention(
         q,
         k,
@@ -91,7 +112,74 @@ def attend(
         softcap=call.softcap or 0.0,
         sink_logits=call.sink_logits,
     )
-    return o, RetentionState(*after)
+    return o, _state(after)
+
+
+def step(
+    spec: Retention, q: Tensor, k: Tensor, v: Tensor, call: Call, state: object, learned: nn.Module | None = None
+) -> tuple[Part, RetentionState]:
+    """One new token: at the start of a block what has become old competes for the slots of the kept."""
+    assert isinstance(state, RetentionState)
+    refuse_limit(call)
+    row = positions(call, q.shape[0], 1, q.device).long()  # (B, 1)
+    if call.valid is not None or call.seen % spec.block == 0:
+        state = _compete(spec, state, row)
+    real = row >= 0
+    ring, last = row.clamp(min=0) % spec.window, spec.window + spec.keep
+    _write(state.k, k, ring, real)
+    _write(state.v, v, ring, real)
+    place = ring[:, None].expand(-1, k.shape[1], -1)
+    for x, value in ((state.at, row), (state.score, torch.zeros_like(row))):
+        new = value[:, None].expand_as(place).to(x.dtype)
+        x.scatter_(2, place, torch.where(real[:, None], new, x.gather(2, place)))
+    if spec.sinks and (call.valid is not None or call.seen < spec.sinks):
+        first = real & (row < spec.sinks)
+        for x, new in ((state.k, k), (state.v, v)):
+            _write(x, new, last + row.clamp(0, spec.sinks - 1), first)
+    at = state.at[:, 0].long()
+    recent, kept = at[:, : spec.window], at[:, spec.window :]
+    sinks = torch.arange(spec.sinks, device=q.device) <= row
+    mask = torch.cat([recent >= spec.sinks, kept >= 0, sinks], 1) & real
+    late = torch.zeros_like(mask)
+    late[:, : spec.window] = mask[:, : spec.window] & (row - recent >= spec.window // 2)
+    return Part(first=0, k=state.k, v=state.v, used=state.k.shape[2], mask=mask, late=late), state
+
+
+def receive(spec: Retention, state: object, given: Tensor) -> None:
+    """Adds what a step gave to the scores. given (B, Hk, window + keep + sinks)"""
+    assert isinstance(state, RetentionState)
+    state.score += given[:, :, : spec.window + spec.keep]
+
+
+def _write(x: Tensor, new: Tensor, slot: Tensor, where: Tensor) -> None:
+    """x[:, :, slot] = new (B, Hk, 1, D) in the rows `where` (B, 1), in place; slot (B, 1)."""
+    index = slot[:, None, :, None].expand_as(new)
+    x.scatter_(2, index, torch.where(where[:, None, :, None], new.to(x.dtype), x.gather(2, index)))
+
+
+def _compete(spec: Retention, state: RetentionState, row: Tensor) -> RetentionState:
+    """Rows that begin a block: tokens of the ring that are no longer recent go, the best of them among the kept."""
+    oldest = row // spec.block * spec.block - spec.window + spec.block
+    begins = ((row >= 0) & (row % spec.block == 0))[:, None]  # (B, 1, 1)
+    ring_at, kept_at = state.at[:, :, : spec.window].long(), state.at[:, :, spec.window :].long()
+    old = begins & (ring_at >= 0) & (ring_at < oldest[:, None])
+    k, v = state.k, state.v
+    at, score = state.at, state.score
+    if spec.keep:
+        all_at = torch.cat([torch.where(old & (ring_at >= spec.sinks), ring_at, -1), kept_at], 2)
+        place = torch.where(all_at >= 0, all_at, EMPTY).argsort(dim=-1, stable=True)  # ties: the smaller position wins
+        value = torch.where(all_at >= 0, score, -torch.inf).gather(2, place)
+        best = place.gather(2, value.argsort(dim=-1, descending=True, stable=True))[..., : spec.keep]
+        stays = torch.arange(spec.window, spec.window + spec.keep, device=row.device).expand_as(best)
+        best = torch.where(begins, best, stays)
+        rows = best[..., None].expand(-1, -1, -1, k.shape[3])
+        k[:, :, spec.window : spec.window + spec.keep] = k.gather(2, rows)
+        v[:, :, spec.window : spec.window + spec.keep] = v.gather(2, rows)
+        chosen_at = torch.where(begins, all_at.gather(2, best), kept_at).to(at.dtype)
+        at = torch.cat([at[:, :, : spec.window], chosen_at], 2)
+        score = torch.cat([score[:, :, : spec.window], score.gather(2, best)], 2)
+    at = torch.cat([torch.where(old, -1, at[:, :, : spec.window]), at[:, :, spec.window :]], 2)
+    return RetentionState(k, v, at, score)
 
 
 def _held(spec: Retention) -> int:

@@ -97,4 +97,5 @@ class _Rest:
             left = left & ((blocks + 1) * self.bk <= first)
         left = left.expand(self.p.k.shape[0], self.p.k.shape[1], -1)[:, self.groups].to(self.sums.dtype)
         state = torch.einsum("bhn,bhnfe->bhfe", left, self.sums)
-        return self.fq[..., rows, :] @ state[:, :, None]
+        a: Tensor = self.fq[..., rows, :] @ state[:, :, None]
+        return a

@@ -46,7 +46,8 @@ def _pooled(x: Tensor, size: int) -> Tensor:
     y = F.pad(x.float(), (0, 0, 0, pad)).unflatten(2, (-1, size)).sum(3)
     count = torch.full((y.shape[2],), size, device=x.device, dtype=y.dtype)
     count[-1] = size - pad
-    return y / count[:, None]
+    means: Tensor = y / count[:, None]
+    return means
 
 
 def from_map(

@@ -109,36 +109,45 @@ def _rows(p: Softmax, q: Tensor, first: int, k: Tensor, v: Tensor, extra: Extra 
     return terms(s, allowed.expand(s.shape[0], s.shape[1], *allowed.shape[2:]), v[:, :, None])
 
 
-def decode_step(p: Decode) -> Tensor:
-    """q (B, H, 1, D) over every part. → (B, H, 1, D)"""
+def decode_step(p: Decode) -> tuple[Tensor, list[Tensor]]:
+    """q (B, H, 1, D) over every part. → (B, H, 1, D), and what late slots received"""
     group = p.q.shape[1] // sum(part.k.shape[1] for part in p.parts)
-    outputs = []
+    outputs, received = [], []
     for part in p.parts:
         heads = slice(part.first * group, (part.first + part.k.shape[1]) * group)
         q = p.q[:, heads].unflatten(1, (-1, group))  # (B, hp, G, 1, D)
         sink = None if p.sink_logits is None else p.sink_logits[heads]
-        outputs.append(_part(p, part, q, sink).flatten(1, 2).to(p.q.dtype))
-    return torch.cat(outputs, 1)
+        o, given = _part(p, part, q, sink)
+        outputs.append(o.flatten(1, 2).to(p.q.dtype))
+        received += [] if given is None else [given]
+    return torch.cat(outputs, 1), received
 
 
-def _part(p: Decode, part: Part, q: Tensor, sink: Tensor | None) -> Tensor:
+def _part(p: Decode, part: Part, q: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """o (B, hp, G, 1, D) and, where asked for, what the slots received (B, hp, C)."""
     k, v = part.k[:, :, : part.used], part.v[:, :, : part.used]
-    if part.fq is None and sink is None and not p.softcap and part.used:
-        return _through_sdpa(q, k, v, None if part.mask is None else part.mask[:, : part.used], p.scale)
+    if part.fq is None and part.late is None and sink is None and not p.softcap and part.used:
+        return _through_sdpa(q, k, v, None if part.mask is None else part.mask[:, : part.used], p.scale), None
     s = logits(q, k[:, :, None], p.scale, p.softcap)
     allowed = torch.ones_like(s, dtype=torch.bool) if part.mask is None else _spread(part.mask[:, : part.used], s)
     t = add_sink(terms(s, allowed, v[:, :, None]) if part.used else _nothing(q), sink)
+    given = None
+    if part.late is not None:
+        share = torch.where(allowed, torch.exp(s - t.top), 0.0) / torch.where(t.total > 0, t.total, 1.0)
+        share = F.pad(share.sum((2, 3)), (0, part.k.shape[2] - part.used))
+        given = torch.where(part.late[:, None], share, 0.0)
     if part.fq is None or part.state is None:
-        return torch.where(t.total > 0, t.number / t.total, 0.0)
+        return torch.where(t.total > 0, t.number / t.total, 0.0), given
     fq = part.fq.to(s.dtype).unflatten(1, (part.k.shape[1], -1))  # (B, hp, G, F)
     tail = (fq @ part.state.to(s.dtype))[..., None, :]  # (B, hp, G, 1, D + 1)
     if part.weight is None:
-        return tail[..., :-1] / (tail[..., -1:] + EPS)
+        alone: Tensor = tail[..., :-1] / (tail[..., -1:] + EPS)
+        return alone, given
     c = part.weight.to(s.dtype).reshape(1, *tail.shape[1:3], 1, 1)
     shift = torch.where(t.total > 0, torch.maximum(t.top, c), c)
     near, far = torch.exp(torch.where(t.total > 0, t.top - shift, 0.0)), torch.exp(c - shift)
     total = t.total * near + tail[..., -1:] * far
-    return torch.where(total > 0, (t.number * near + tail[..., :-1] * far) / total, 0.0)
+    return torch.where(total > 0, (t.number * near + tail[..., :-1] * far) / total, 0.0), given
 
 
 def _spread(mask: Tensor, like: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from .triton_common import Variant, architecture
 from .triton_linear import describe
 
 FLOOR = tl.constexpr(1e-12)  # of a Hedgehog feature
+HIDDEN = 128  # units of the hidden layer of a poly map
 KINDS = {"elu1": 0, "relu": 1, "softmax": 2}
 
 
@@ -174,8 +175,14 @@ def _poly(
 def tiles(arch: str, dim: int, wide: bool) -> tuple[int, int, int]:
     """Rows, steps through D and warps."""
     if wide:
-        return 16 if dim > 128 else 32, 16, 8 if dim > 64 else 4
+        return 16 if dim > 64 else 32, 16, 8 if dim > 64 else 4
     return 32 if dim > 128 else 64, 32, 8 if dim > 64 else 4
+
+
+def poly_tiles(arch: str, hidden: int, wide: bool) -> tuple[int, int, int]:
+    """As `tiles`, for a hidden layer of that size, which is held whole."""
+    bm, bk, warps = tiles(arch, hidden, wide)
+    return min(bm, 32) if hidden > 64 else bm, bk, warps
 
 
 def features(x: Tensor, kind: str, weights: tuple[Tensor, ...]) -> Tensor:
@@ -222,7 +229,7 @@ def _poly_forward(x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         return out
     wide = x.dtype == torch.float32
     width = max(16, triton.next_power_of_2(hidden))
-    bm, bk, warps = tiles(architecture(), width, wide)
+    bm, bk, warps = poly_tiles(architecture(), width, wide)
     blocks = triton.cdiv(rows, bm)
     _poly[(batch * heads * blocks * degrees,)](
         x, w1, b1, w2, b2, out, x.stride(0), x.stride(1), x.stride(2), heads, rows, blocks, dim, hidden, n, degrees,
@@ -284,8 +291,8 @@ def _poly_backward(x: Tensor, weights: tuple[Tensor, ...], dout: Tensor) -> tupl
 
 def refuses(kind: str, dim: int, weights: tuple[Tensor, ...]) -> str | None:
     """Why this map cannot run here."""
-    if kind == "poly" and weights[2].shape[2] > 256:
-        return f"the hidden layer of the poly map has {weights[2].shape[2]} units, at most 256 fit into one tile"
+    if kind == "poly" and weights[2].shape[2] > HIDDEN:
+        return f"the hidden layer of the poly map has {weights[2].shape[2]} units, at most {HIDDEN} fit into one tile"
     if kind not in ("poly", "hedgehog", *KINDS):
         return f"no feature map {kind!r}; known are hedgehog, elu1, relu, softmax, poly"
     return None
@@ -302,8 +309,10 @@ def variants(arch: str) -> Iterator[Variant]:
             for function, stages in ((_hedgehog, 2), (_hedgehog_backward, 1)):
                 label = f"features {function.__name__[1:]} {name} {bd}"
                 yield describe(label, function, kinds, {**constants, "BD": bd}, warps, stages)
-            more = {"HIDDEN": bd, "BN": 16 if name == "fp32" else 32}
-            yield describe(f"features poly {name} {bd}", _poly, kinds, {**constants, **more}, warps, 1)
+            if bd <= HIDDEN:
+                bm, bk, warps = poly_tiles(arch, bd, name == "fp32")
+                more = {"BM": bm, "BK": bk, "HIDDEN": bd, "BN": 16 if name == "fp32" else 32}
+                yield describe(f"features poly {name} {bd}", _poly, kinds, {**constants, **more}, warps, 1)
             for kind, number in KINDS.items() if name == "bf16" else ():
                 for backward in (False, True):
                     constants_rows = {"BM": 16 if bd > 64 else 32, "BD": bd, "KIND": number, "BACKWARD": backward}

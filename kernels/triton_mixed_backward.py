@@ -8,15 +8,30 @@ rows are split and a second pass adds the parts (`extra_kernel`). The linear bra
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .problem import EPS, Blocks, Branch, Mixed, MixedGradients, Ranges, Softmax
-from .triton_common import architecture
+from .problem import EPS, Branch, Mixed, MixedGradients, Ranges, Softmax
+from .triton_common import Variant, architecture
 from .triton_mixed_branch import branch_gradients
-from .triton_mixed_host import Tile, bytes_of, cumulative, divisor, dot_precision, lists_of, padded, sizes_of, strides
+from .triton_mixed_host import (
+    Tile,
+    bytes_of,
+    cumulative,
+    describe,
+    divisor,
+    dot_precision,
+    lists_of,
+    padded,
+    sizes_of,
+    strides,
+)
 from .triton_mixed_masks import beyond, early_entries, key_runs, near, pattern_bits, row_runs, whole_entries
 from .triton_mixed_tiles import FAR, HOLE, INF, LOG2E, alive_tile, sequence, softcapped, tile, window_of
 
@@ -160,7 +175,7 @@ def query_kernel(
         whole = start
         resume = start
     in_block = first % BQ + row
-    for x in range(0, edge):
+    for x in range(edge):
         c0 = start * 0
         entry = begin
         if RANGES:
@@ -191,7 +206,7 @@ def query_kernel(
         dp = tl.dot(do_tile, tl.trans(vt), input_precision=PRECISION)
         _, ds = logit_gradient(s, dp, top, d, unit, softcap, SOFTCAP)
         acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PRECISION)
-    for x in range(0, clean):
+    for x in range(clean):
         c0 = start * 0
         entry = begin
         if RANGES:
@@ -311,7 +326,7 @@ def key_kernel(
         left = start
         whole = start
         resume = start
-    for y in range(0, edge * GROUP):
+    for y in range(edge * GROUP):
         x = y % edge
         head = (y // edge).to(tl.int64)
         entry = begin
@@ -321,10 +336,7 @@ def key_kernel(
             entry = begin + x // parts
             r0 = tl.load(columns + entry) * BQ + x % parts * BM
         i = r0 + shift + row
-        if RANGES:
-            seen = near(i[None, :], j[:, None], w, CAUSAL)
-        else:
-            seen = j[:, None] <= i[None, :]
+        seen = near(i[None, :], j[:, None], w, CAUSAL) if RANGES else j[:, None] <= i[None, :]
         if kinds is not None:
             kind = tl.load(kinds + entry)
             if kind >= 0:
@@ -334,7 +346,7 @@ def key_kernel(
             delta + at + head * lse_n, r0, row, rows, q_n, do_n, column, seen, unit, scale, softcap,
             DIM, True, True, SOFTCAP, PRECISION,
         )  # fmt: skip
-    for y in range(0, clean * GROUP):
+    for y in range(clean * GROUP):
         x = y % clean
         head = (y // clean).to(tl.int64)
         entry = begin
@@ -398,7 +410,7 @@ def extra_kernel(
     begin = split * span
     tiles = tl.cdiv(tl.maximum(tl.minimum(rows - begin, span), 0), BM)
     tiles = tl.where(w < FAR, tiles, 0)
-    for y in range(0, tiles * GROUP):
+    for y in range(tiles * GROUP):
         h = g * GROUP + (y // tiles).to(tl.int64)
         r0 = begin + y % tiles * BM
         i = r0 + shift + row
@@ -582,3 +594,37 @@ def _extras(p: Softmax, arch: str, do: Tensor, lse: Tensor, delta: Tensor) -> tu
             PAD=padded(s.dim), PRECISION=dot_precision(p.q.dtype), num_warps=4, num_stages=t.stages,
         )  # fmt: skip
     return parts[0].sum(0).to(x.k.dtype), parts[1].sum(0).to(x.v.dtype)
+
+
+FEATURED = ("kinds", "patterns", "valid", "extra_k", "extra_v", "extra_at", "cu_q", "cu_k", "branch_dv", "group_map")
+LISTED = ("starts", "counts", "columns")
+
+
+def variants(arch: str) -> Iterator[Variant]:
+    """What `mixed_backward` launches besides the branch: plain, and with all that a problem may have."""
+    for kind, dim in itertools.product(("bf16", "fp32"), (64, 128, 256)):
+        base: dict[str, Any] = {
+            "GROUP": 4, "DIM": dim, "PAD": dim, "PRECISION": "ieee" if kind == "fp32" else "tf32", "BQ": 128, "BK": 128,
+        }  # fmt: skip
+        own, key = (table[arch, kind != "fp32"][dim] for table in (QUERY, KEY))
+        for ranges, full in itertools.product((True, False), (True, False)):
+            absent = LISTED if ranges else ("window",)
+            if not full:
+                absent += FEATURED
+            absent += FEATURED[:2] if ranges else FEATURED[3:6]
+            differs = {"CAUSAL": ranges or full, "RANGES": ranges, "SOFTCAP": full} | dict.fromkeys(absent)
+            label = f"{kind}-{dim}-{'ranges' if ranges else 'blocks'}{'-full' if full else ''}"
+            for name, function, t, tiles in (
+                ("query", query_kernel, own, {"BM": own.own, "BN": own.walk, "BE": 16}),
+                ("key", key_kernel, key, {"BN": key.own, "BM": key.walk}),
+            ):
+                constants = {x: y for x, y in (base | differs | tiles).items() if x in function.arg_names}
+                yield describe(f"mixed-backward-{name}-{label}", function, kind, constants, t.warps, t.stages)
+        constants = base | {"CAUSAL": True, "SOFTCAP": True, "BE": 16, "BM": key.walk}
+        constants = {x: y for x, y in constants.items() if x in extra_kernel.arg_names}
+        yield describe(f"mixed-backward-extra-{kind}-{dim}", extra_kernel, kind, constants, 4, key.stages)
+        for mode in (0, 1, 2):
+            absent = ("lse", "group_map", "weight") if mode == 2 else ("den",)
+            absent = (*absent, "group_map", "weight", "gain", "offset") if mode == 0 else absent
+            constants = {"GROUP": 4, "DIM": dim, "PAD": dim, "BRANCH": mode, "BM": 64} | dict.fromkeys(absent)
+            yield describe(f"mixed-backward-delta-{kind}-{dim}-{mode}", delta_kernel, kind, constants, 4, 3)

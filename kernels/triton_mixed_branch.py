@@ -9,13 +9,18 @@ states are fp32 and multiplied as two bf16 parts: do·v − δ is a difference o
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .problem import Blocks, Branch, Softmax
-from .triton_mixed_host import Tile, branch_type, cumulative, divisor, padded, sizes_of, strides
+from .triton_common import Variant
+from .triton_mixed_host import Tile, branch_kind, branch_type, cumulative, describe, divisor, padded, sizes_of, strides
 from .triton_mixed_states import BLOCKS, States, gathered, key_states, scanned, tile_sums, unlisted
 from .triton_mixed_tiles import FAR, alive_tile, sequence, tile, window_of
 
@@ -27,7 +32,7 @@ def dot_state(a, s, acc, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """acc + a · s with fp32 s, as two bf16 parts where bf16 multiplies."""
     high = s.to(TYPE)
     acc = tl.dot(a.to(TYPE), high, acc, input_precision=PRECISION)
-    if TYPE == tl.bfloat16:
+    if TYPE == tl.bfloat16:  # noqa: SIM300
         acc = tl.dot(a.to(TYPE), (s - high.to(tl.float32)).to(TYPE), acc, input_precision=PRECISION)
     return acc
 
@@ -121,8 +126,8 @@ def query_features_kernel(
             offset = first - index * chunk
             begin = index * chunk + shift - w + 1
             acc = query_triangle(
-                acc, dot, d, offset + row, fk_base, fk_n, v_base, v_n, begin, 0, tl.where(some, offset + BM, 0), keys, f,
-                column, False, DIM, FEATURES, BN, TYPE, PRECISION,
+                acc, dot, d, offset + row, fk_base, fk_n, v_base, v_n, begin, 0, tl.where(some, offset + BM, 0), keys,
+                f, column, False, DIM, FEATURES, BN, TYPE, PRECISION,
             )  # fmt: skip
         if REST == 2:
             state = (lane * chunks + index) * FEATURES
@@ -169,8 +174,7 @@ def state_place(c, chunks, rows, chunk, REST: tl.constexpr, AFTER: tl.constexpr)
     used = tl.cdiv(rows, chunk)
     if AFTER:
         return tl.maximum(tl.minimum(c, used) - 1, 0), (c > 0) & (used > 0)
-    else:
-        return tl.minimum(tl.maximum(c + 1, 0), chunks - 1), c + 1 < used
+    return tl.minimum(tl.maximum(c + 1, 0), chunks - 1), c + 1 < used
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "chunk", "chunks", "branches", "groups"])
@@ -219,7 +223,7 @@ def key_features_kernel(
             low = x0 * 0 if AFTER else x0 // BM * BM
             high = tl.minimum(x0 + BN, chunk) if AFTER else chunk
             tiles = tl.where(near, tl.cdiv(high - low, BM), 0)
-            for y in range(0, tiles * GROUP):
+            for y in range(tiles * GROUP):
                 head = y // tiles
                 r0 = low + y % tiles * BM
                 r = c * chunk + r0 + row
@@ -290,7 +294,7 @@ def key_values_kernel(
             low = x0 * 0 if AFTER else x0 // BM * BM
             high = tl.minimum(x0 + BN, chunk) if AFTER else chunk
             tiles = tl.where(near, tl.cdiv(high - low, BM), 0)
-            for y in range(0, tiles * GROUP):
+            for y in range(tiles * GROUP):
                 head = t * GROUP + y // tiles
                 source = (g if SHARED else t) * GROUP + y // tiles
                 r0 = low + y % tiles * BM
@@ -423,3 +427,26 @@ def _key_side(
         *strides(branch.fq), *strides(branch.fk), *strides(upstream), AFTER=after, BN=own, BM=t.walk, BF=min(bf, 32),
         **common,
     )  # fmt: skip
+
+
+def variants(arch: str) -> Iterator[Variant]:
+    """What `branch_gradients` launches besides the states; two features for each number of a head."""
+    for kind, dim, rest in itertools.product(("bf16", "fp32"), (64, 128, 256), (BEFORE, BOTH, LISTS)):
+        number, precision, _ = branch_kind(arch, kind)
+        t, bf = branch_tiles(arch, kind == "bf16", dim)
+        constants: dict[str, Any] = {
+            "GROUP": 4, "DIM": dim, "FEATURES": 2 * dim, "REST": rest, "SHARED": True, "PAD": dim, "TYPE": number,
+            "PRECISION": precision, "cu_q": None, "cu_k": None,
+        } | ({"window": None} if rest == LISTS else {})  # fmt: skip
+        label = f"{kind}-{dim}-{('left', 'both', 'lists')[rest - 1]}"
+        rows = constants | {"BM": t.own, "BN": t.walk, "BF": bf}
+        single = dict.fromkeys(("kv", "kv_after"), "*fp32")
+        yield describe(f"query-features-{label}", query_features_kernel, kind, rows, t.warps, t.stages, **single)
+        keys = constants | {"AFTER": rest == BOTH, "BN": t.own, "BM": t.walk}
+        single = {"dfk": "*fp32"} if rest == BOTH else {}
+        yield describe(
+            f"key-features-{label}", key_features_kernel, kind, keys | {"BF": bf}, t.warps, t.stages, **single
+        )  # fmt: skip
+        yield describe(
+            f"key-values-{label}", key_values_kernel, kind, keys | {"BF": min(bf, 32)}, t.warps, t.stages
+        )  # fmt: skip

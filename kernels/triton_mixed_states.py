@@ -11,6 +11,8 @@ listed blocks with the features once more, subtracts nothing either, and gives z
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import Blocks, Branch, Ranges, Softmax
-from .triton_mixed_host import branch_type, cumulative, lists_of, sizes_of, strides
+from .triton_common import Variant
+from .triton_mixed_host import branch_kind, branch_type, cumulative, describe, lists_of, sizes_of, strides
 from .triton_mixed_tiles import sequence, window_of
 
 BLOCKS, BEFORE, AFTER = 0, 1, 2  # pieces: plain blocks, what windows leave on the left, on the right
@@ -394,3 +397,37 @@ def key_states(
             scanned(tile_sums(p, branch, arch, AFTER, chunk, max(count, 1), torch.float32), branches, dtype, True)
         )
     return sides, final
+
+
+def variants(arch: str) -> Iterator[Variant]:
+    """What the states of forward and backward launch; two features for each number of a head."""
+    for kind, dim in itertools.product(("bf16", "fp32"), (64, 128, 256)):
+        number, precision, narrow = branch_kind(arch, kind)
+        t = sum_tiles(arch, kind == "bf16")
+        for rows, pieces in ((False, BLOCKS), (False, BEFORE), (False, AFTER), (True, BLOCKS)):
+            constants = {
+                "DIM": dim, "FEATURES": 2 * dim, "GROUP": 4 if rows else 1, "PIECES": pieces, "ROWS": rows,
+                "BRANCH_VALUES": False, "BT": t.tokens, "BF": min(t.features, 2 * dim), "BD": min(t.values, dim),
+                "TYPE": number, "PRECISION": precision,
+            } | dict.fromkeys(() if rows else ("gain", "shift")) | ({} if pieces else {"window": None})  # fmt: skip
+            out = narrow if (rows, pieces) == (False, BLOCKS) else "*fp32"
+            name = f"mixed-sums-{kind}-{dim}-{('blocks', 'before', 'after')[pieces]}{'-rows' if rows else ''}"
+            yield describe(name, sums_kernel, kind, constants, t.warps, t.stages, out=out, shift="*fp32")
+        for sums in dict.fromkeys((narrow, "*fp32")):
+            half, split = kind == "bf16", kind == "bf16" and sums == "*fp32"
+            x = gather_tiles(arch, half, split)
+            constants = {
+                "WIDTH": 2 * dim * dim, "BQ": 128, "BK": 64, "CAUSAL": True, "BACK": split, "BM": x.features,
+                "BN": x.tokens, "BW": x.values, "TYPE": number, "SPLIT": split, "PRECISION": precision,
+            }  # fmt: skip
+            name = f"mixed-gather-{kind}-{dim}{'-split' if split else ''}"
+            yield describe(name, gather_kernel, kind, constants, x.warps, x.stages, sums=sums, out=sums)
+        for reverse in (False, True):
+            constants = {"DIM": dim, "FEATURES": 2 * dim, "REVERSE": reverse, "BLOCK": BLOCK, "STEP": STEP}
+            absent = {"state": None, "final": None} if reverse else {}
+            out = "*fp32" if reverse else narrow
+            yield describe(
+                f"mixed-scan-{kind}-{dim}{'-back' if reverse else ''}", scan_kernel, kind, constants | absent, 4, 3,
+                sums="*fp32", out=out,
+            )  # fmt: skip
+    yield describe("mixed-unlist", unlist_kernel, "bf16", {"BLOCK": 128}, 4, 3)

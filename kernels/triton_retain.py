@@ -274,7 +274,7 @@ def tiles(arch: str, dim: int, wide: bool, rows: int) -> tuple[int, int, int]:
     few = rows <= 16
     if wide:
         return 16, 16 if dim > 128 else 32, 4 if dim <= 64 else 8
-    return 16 if few else 64, 32 if dim > 64 or arch.startswith("gfx") else 64, 4 if few and dim <= 128 else 8
+    return 16 if few else 64, 32, 4 if few and dim <= 128 else 8
 
 
 def retain(p: Retain) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -1,9 +1,11 @@
 """Masks: the vocabulary against loops over pairs, and its lowerings against the dense matrix."""
 
+import importlib.util
 import itertools
 import math
 import random
 import time
+from pathlib import Path
 
 import kernel_cases as cases
 import numpy as np
@@ -620,6 +622,18 @@ def test_long_sequences_lower_in_seconds_without_the_square():
         i, j = torch.arange(n * 128, n * 128 + 128)[:, None] - 512, torch.arange(image.tokens) - 512
         near = (i // 256 - j // 256) ** 2 + (i % 256 - j % 256) ** 2 < 32**2
         assert torch.equal(got, near | (i < 0) | (j < 0))
+
+
+def test_the_table_of_the_page_is_what_the_code_gives(rng):
+    folder = Path(__file__).parents[1] / "docs"
+    spec = importlib.util.spec_from_file_location("masks_page", folder / "masks.py")
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    text = (folder / "masks.md").read_text(encoding="utf-8")
+    lines = text.split("<!-- table -->\n")[1].split("\n<!-- end -->")[0].splitlines()[2:]
+    assert len(lines) == len(page.ROWS)
+    for n in rng.sample(range(len(lines)), 4):  # four of them each time, for the time they take
+        assert page.row(*page.ROWS[n]) == lines[n]
 
 
 # ------------------------------------------------------------------------------------------------ plain data and errors

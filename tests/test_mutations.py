@@ -34,7 +34,8 @@ def package(folder, mutation=None):
 def run(folder, file, select):
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     environment["XDG_CACHE_HOME"] = str(folder / "cache")  # C++ that was built with a bug in it goes with it
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS / file), "-k", select]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-m", "not slow", "-k", select, str(TESTS / file)]
     check = f"import attnconvert.kernels.problem as p; assert p.__file__.startswith({str(folder)!r}), p.__file__"
     subprocess.run([sys.executable, "-c", check], env=environment, cwd=folder, check=True)
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -50,7 +51,7 @@ def test_every_mutation_applies_to_the_sources():
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("mutation", map(mark, MUTATIONS))
+@pytest.mark.parametrize("mutation", [mark(m) for m in MUTATIONS])
 def test_a_planted_bug_is_noticed(mutation, tmp_path):
     done = run(package(tmp_path, mutation), mutation.tests, mutation.select)
     assert done.returncode == 1, f"{mutation.name} went unnoticed, or its tests did not run\n{done.stdout[-3000:]}"

@@ -56,11 +56,14 @@ def contents(state):
     if isinstance(state, FullState):
         held |= {name: held[name][:, :, : state.length] for name in ("k", "v")}
     if isinstance(state, RetentionState):
-        order = state.kept_at.argsort(dim=-1, stable=True)
-        for name in ("kept_at", "kept_score"):
+        order = state.at.argsort(dim=-1, stable=True)
+        for name in ("at", "score"):
             held[name] = held[name].gather(-1, order)
-        for name in ("kept_k", "kept_v"):
-            held[name] = held[name].gather(2, order[..., None].expand_as(held[name]))
+        held["score"] = held["score"] * (held["at"] >= 0)
+        for name in ("k", "v"):
+            rest = held[name][:, :, order.shape[2] :]
+            moved = held[name].gather(2, order[..., None].expand(-1, -1, -1, held[name].shape[3]))
+            held[name] = torch.cat([moved * (held["at"] >= 0)[..., None], rest], 2)
     if getattr(state, "real", None) is not None:
         held["real"] = held["real"].int()
     return held

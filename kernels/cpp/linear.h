@@ -184,7 +184,7 @@ inline void linear_tile(const Sums& x, const Reach* reach, int64_t rows, float* 
     const float* u = r.u;
     int64_t left[2] = {0, 0}, right[2] = {0, 0};
     if (!x.lists) {
-        const int64_t c = reach->before[0] / x.chunk;
+        const int64_t c = reach->before[0] == x.n ? x.count : reach->before[0] / x.chunk;
         left[0] = c * x.chunk;
         left[1] = reach->before[rows - 1];
         u = x.slot(c);

@@ -45,6 +45,16 @@ INLINE void row_bits(const Args& a, const Which& x, const uint32_t* real, const 
     }
 }
 
+// The same of further keys: those that the window does not reach.
+INLINE void extra_bits(const Args& a, const Which& x, const uint32_t* real, const Span& span, int64_t t, uint32_t* bits) {
+    const auto* at = reinterpret_cast<const int32_t*>(a.extra_at.at(x.s.b, x.g));
+    const int64_t i = x.position(t);
+    for (int64_t j = span.from; j < span.to; j++) {
+        const bool read = at[j] <= i - x.w || (!x.causal && at[j] >= i + x.w);
+        bits[(j - span.from) / 32] |= static_cast<uint32_t>(read && real[j / 32] >> (j % 32) & 1) << (j % 32);
+    }
+}
+
 INLINE void mask_row(float* s, int64_t n, const uint32_t* bits, float masked = LOWEST) {
     constexpr uint32_t all = W == 16 ? 0xffffu : 0xffu;
     for (int64_t j = 0; j < n; j += W) {
@@ -148,16 +158,10 @@ void softmax_tile(const Args& a, const Which& x, const Packed& p, const Packed* 
     }
     if (!extra || x.w < 0) return;
     const int64_t count = a.extra_at.size[2];
-    const auto* at = reinterpret_cast<const int32_t*>(a.extra_at.at(x.s.b, x.g));
     for (int64_t c0 = 0; c0 < count; c0 += STEP) {
         const Span span{c0, std::min(c0 + STEP, count), -1, c0};
-        step<Op>(a, *extra, span, t0, rows, 0, padded, true, r, c, [&](int64_t t, uint32_t* bits) {
-            const int64_t i = x.position(t);
-            for (int64_t j = span.from; j < span.to; j++) {
-                const bool read = at[j] <= i - x.w || (!x.causal && at[j] >= i + x.w);
-                bits[(j - c0) / 32] |= static_cast<uint32_t>(read && extra->real[j / 32] >> (j % 32) & 1) << (j % 32);
-            }
-        });
+        step<Op>(a, *extra, span, t0, rows, 0, padded, true, r, c,
+                 [&](int64_t t, uint32_t* bits) { extra_bits(a, x, extra->real.data(), span, t, bits); });
     }
 }
 
