@@ -3,10 +3,12 @@
 # PYTHON=python3.12    another interpreter
 # TORCH_INDEX=URL      take torch from this package index, for example one that carries builds without CUDA
 # ARGS="..."           further arguments: make test ARGS="-k runs"
+# RESULTS=dir          where make gpu writes what it measured (default: docs/benchmarks)
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
+RESULTS ?= docs/benchmarks
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +18,7 @@ READY := $(VENV)/.ready
 SOURCES := $(VENV)/sources
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow check format bench clean distclean
+.PHONY: help setup demo test slow check format bench gpu clean distclean
 
 help:  ## say what there is
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -43,6 +45,15 @@ format: $(READY)  ## let ruff correct what it can
 
 bench: $(READY)  ## measure what docs/benchmarks shows
 	$(BIN)/python docs/benchmarks/run.py $(ARGS)
+
+# Where PYTHON is named it needs no more than torch with Triton: nothing is set up, the package comes from here.
+gpu:  ## check and measure the kernels on the GPU, in under 10 minutes
+ifneq ($(origin PYTHON),file)
+	$(PYTHON) docs/benchmarks/gpu.py --results $(RESULTS) $(ARGS)
+else
+	@$(MAKE) --no-print-directory $(READY)
+	$(BIN)/python docs/benchmarks/gpu.py --results $(RESULTS) $(ARGS)
+endif
 
 clean:  ## remove what building and testing left; runs and .venv stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -18,14 +18,19 @@ from .problem import (
     Linear,
     Mixed,
     MixedGradients,
+    Pooled,
     Ranges,
+    Retain,
     Softmax,
     Varlen,
 )
+from .torch_retain import empty_memory
+from .torch_select import selection
 
 NAME = "cpp"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3, torch.bool: 4}
 INPUTS = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = {"hedgehog": 0, "elu1": 1, "relu": 2, "softmax": 3}
 WIDEST = 4096  # numbers in a row of features
 
 
@@ -61,11 +66,34 @@ class _Args(ctypes.Structure):
     )
 
 
+class _FeatureArgs(ctypes.Structure):
+    """`FeatureArgs` of features.cpp."""
+
+    _fields_ = (
+        *((name, _Array) for name in ("x", "out", "weight", "d_out", "dx", "d_weight")),
+        ("kind", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    )
+
+
+class _RetainArgs(ctypes.Structure):
+    """`RetainArgs` of retain.cpp."""
+
+    _fields_ = (
+        *((name, _Array) for name in ("q", "k", "v", "at", "o", "sink")),
+        ("before", _Array * 10),
+        ("after", _Array * 10),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+        *((n, ctypes.c_int64) for n in ("window", "keep", "sinks", "block", "threads")),
+    )
+
+
 class _Part(ctypes.Structure):
     """`Part` of decode.cpp."""
 
     _fields_ = (
-        *((name, _Array) for name in ("k", "v", "mask", "fq", "state", "weight")),
+        *((name, _Array) for name in ("k", "v", "mask", "fq", "state", "weight", "late", "received")),
         ("first", ctypes.c_int64),
         ("used", ctypes.c_int64),
     )
@@ -172,20 +200,70 @@ def linear_backward(p: Linear, o: Tensor, den: Tensor, do: Tensor) -> tuple[Tens
     return dfq, dfk, dv
 
 
-def decode(p: Decode) -> Tensor:
-    """One new token per sequence: (B, H, 1, D)."""
+def decode(p: Decode) -> tuple[Tensor, list[Tensor]]:
+    """One new token per sequence: o (B, H, 1, D), and what the late slots of each part that asks received."""
     a = _Call(_DecodeArgs())
     o = torch.empty(p.q.shape, dtype=p.q.dtype)
-    parts = (_Part * len(p.parts))()
+    parts, received = (_Part * len(p.parts))(), list[Tensor]()
     for to, x in zip(parts, p.parts, strict=True):
         weight = None if x.weight is None else x.weight.float()
         a.set(to, k=x.k, v=x.v, mask=x.mask, fq=x.fq, state=x.state, weight=weight)
+        if x.late is not None:
+            received.append(torch.zeros(x.k.shape[:3]))
+            a.set(to, late=x.late, received=received[-1])
         to.first, to.used = x.first, x.used
     a.set(q=p.q, o=o, sink=None if p.sink_logits is None else p.sink_logits.float())
     a.args.parts, a.args.count, a.args.groups = parts, len(parts), sum(x.k.shape[1] for x in p.parts)
     a.args.scale, a.args.softcap = p.scale, p.softcap
     a.call("attnconvert_decode")
-    return o
+    return o, received
+
+
+def features(x: Tensor, kind: str, weights: tuple[Tensor, ...]) -> Tensor:
+    """φ(x) (B, H, S, F) in the dtype of x."""
+    out = torch.empty(*x.shape[:3], x.shape[3] * (2 if kind == "hedgehog" else 1), dtype=x.dtype)
+    a = _features_args(x, kind, weights)
+    a.set(out=out)
+    a.call("attnconvert_features", 0)
+    return out
+
+
+def features_backward(
+    x: Tensor, kind: str, weights: tuple[Tensor, ...], dout: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Gradients of x and of the weights."""
+    dx, dweights = torch.empty(x.shape, dtype=x.dtype), tuple(torch.empty(w.shape, dtype=w.dtype) for w in weights)
+    a = _features_args(x, kind, weights)
+    a.set(d_out=dout, dx=dx, d_weight=dweights[0] if weights else None)
+    a.call("attnconvert_features", 1)
+    return dx, dweights
+
+
+def _features_args(x: Tensor, kind: str, weights: tuple[Tensor, ...]) -> _Call:
+    a = _Call(_FeatureArgs())
+    a.set(x=x, weight=weights[0] if weights else None)
+    a.args.kind = KINDS[kind]
+    return a
+
+
+def retain(p: Retain) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """o (B, H, Q, D) and the memory after it."""
+    before = empty_memory(p) if p.memory is None else p.memory
+    after = tuple(torch.empty(x.shape, dtype=x.dtype) for x in before)
+    a = _Call(_RetainArgs())
+    o = torch.zeros(p.q.shape, dtype=p.q.dtype)  # rows of padding stay 0
+    a.set(q=p.q, k=p.k, v=p.v, at=p.at, o=o, sink=None if p.sink_logits is None else p.sink_logits.float())
+    a.args.before[:] = [a.array(x) for x in before]
+    a.args.after[:] = [a.array(x) for x in after]
+    a.args.scale, a.args.softcap = p.scale, p.softcap
+    a.args.window, a.args.keep, a.args.sinks, a.args.block = p.window, p.keep, p.sinks, p.block
+    a.call("attnconvert_retain")
+    return o, after
+
+
+def select(p: Pooled) -> Blocks:
+    """Block selection: as in torch, whose pooling, matrix product and sort have nothing to gain here."""
+    return selection(p)
 
 
 class _Call:
@@ -213,11 +291,11 @@ class _Call:
     def numbers(self, values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
         return (ctypes.c_int64 * len(values))(*values)
 
-    def call(self, name: str) -> None:
+    def call(self, name: str, *more: int) -> None:
         found = library()
         if isinstance(found, str):
             raise RuntimeError(found)
-        if getattr(found, name)(ctypes.byref(self.args)):
+        if getattr(found, name)(ctypes.byref(self.args), *more):
             raise MemoryError(f"{name}: no memory for the packed keys")
 
 

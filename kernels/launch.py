@@ -84,7 +84,7 @@ def _cat(tensors: Sequence[Tensor | None]) -> Tensor:
 
 def _extras(pieces: Sequence[Piece], groups: Sequence[Sequence[int]], k: Tensor) -> Extra | None:
     """The sinks of all pieces in one tensor; groups with fewer have empty slots."""
-    slots = max((p.sinks[2].shape[1] for p in pieces if p.sinks is not None), default=0)
+    slots = max([0, *[p.sinks[2].shape[1] for p in pieces if p.sinks is not None]])
     if not slots:
         return None
     if len(pieces) == 1 and pieces[0].sinks is not None:

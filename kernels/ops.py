@@ -23,9 +23,16 @@ from .problem import Blocks, Branch, Decode, Extra, Linear, Mixed, Part, Pooled,
 KINDS = ("hedgehog", "elu1", "relu", "softmax", "poly")
 
 
-@functools.lru_cache(maxsize=256)
-def _window(sizes: tuple[int, ...], device: str) -> Tensor:
-    return torch.tensor(sizes, dtype=torch.int32, device=device)
+@functools.lru_cache(maxsize=1024)
+def _kept(values: tuple[int, ...], device: str) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def _numbers(values: Sequence[int], device: torch.device | str) -> Tensor:
+    """int32 on the device, made once: an upload in every layer of every call would be felt."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.int32, device=device)
+    return _kept(tuple(values), str(device))
 
 
 def ranges(sizes: Sequence[int], device: torch.device | str = "cpu") -> Ranges:
@@ -37,12 +44,7 @@ def ranges(sizes: Sequence[int], device: torch.device | str = "cpu") -> Ranges:
     for g, size in enumerate(sizes):
         if size < -1:
             raise ValueError(f"sizes[{g}] is {size}: expected −1 (no limit), 0 (no key) or a number of tokens")
-    return Ranges(sizes=tuple(sizes), window=_window(tuple(sizes), str(device)))
-
-
-@functools.lru_cache(maxsize=256)
-def _index(index: tuple[int, ...], device: str) -> Tensor:
-    return torch.tensor(index, dtype=torch.int32, device=device)
+    return Ranges(sizes=tuple(sizes), window=_numbers(sizes, device))
 
 
 def branch(
@@ -55,7 +57,7 @@ def branch(
     state: Tensor | None = None,
 ) -> Branch:
     """A linear branch of the KV groups with index[g] ≥ 0, see `problem.Branch`."""
-    groups = _index(tuple(index), str(fq.device))
+    groups = _numbers(index, fq.device)
     return Branch(fq=fq, fk=fk, index=tuple(index), groups=groups, shared=shared, weight=weight, state=state)
 
 

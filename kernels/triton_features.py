@@ -65,7 +65,9 @@ def _hedgehog(
     y = tl.zeros((BM, BD), tl.float32)
     for c in range(0, D, BK):
         k = c + tl.arange(0, BK)
-        y = _weigh(_matrix(x_base, m, k, rows - start, D, x_r), _matrix(w + h * D * D, k, d, D, D, D), y, PRECISION, SPLIT)
+        y = _weigh(
+            _matrix(x_base, m, k, rows - start, D, x_r), _matrix(w + h * D * D, k, d, D, D, D), y, PRECISION, SPLIT
+        )
     p, n = _pair(y, d, D)
     base = out + ((b * heads + h) * rows + start) * (2 * D)
     place = base + m[:, None] * (2 * D) + d[None, :]
@@ -90,7 +92,9 @@ def _hedgehog_backward(
     y = tl.zeros((BM, BD), tl.float32)
     for c in range(0, D, BK):
         k = c + tl.arange(0, BK)
-        y = _weigh(_matrix(x_base, m, k, rows - start, D, x_r), _matrix(w + h * D * D, k, d, D, D, D), y, PRECISION, SPLIT)
+        y = _weigh(
+            _matrix(x_base, m, k, rows - start, D, x_r), _matrix(w + h * D * D, k, d, D, D, D), y, PRECISION, SPLIT
+        )
     p, n = _pair(y, d, D)
     o_base = do + b * o_b + h * o_h + tl.cast(start, tl.int64) * o_r
     gp = _matrix(o_base, m, d, rows - start, D, o_r).to(tl.float32)
@@ -182,7 +186,7 @@ def tiles(arch: str, dim: int, wide: bool) -> tuple[int, int, int]:
 def poly_tiles(arch: str, hidden: int, wide: bool) -> tuple[int, int, int]:
     """As `tiles`, for a hidden layer of that size, which is held whole."""
     bm, bk, warps = tiles(arch, hidden, wide)
-    return min(bm, 32) if hidden > 64 else bm, bk, warps
+    return min(bm, 16) if hidden > 64 else bm, bk, warps
 
 
 def features(x: Tensor, kind: str, weights: tuple[Tensor, ...]) -> Tensor:
@@ -200,7 +204,7 @@ def features(x: Tensor, kind: str, weights: tuple[Tensor, ...]) -> Tensor:
     blocks = triton.cdiv(rows, bm)
     _hedgehog[(batch * heads * blocks,)](
         x, w, out, x.stride(0), x.stride(1), x.stride(2), heads, rows, blocks, dim, BM=bm, BK=bk,
-        BD=max(16, triton.next_power_of_2(dim)), PRECISION="ieee", SPLIT=_split(x, w), num_warps=warps, num_stages=2,
+        BD=max(32, triton.next_power_of_2(dim)), PRECISION="ieee", SPLIT=_split(x, w), num_warps=warps, num_stages=2,
     )  # fmt: skip
     return out
 
@@ -215,7 +219,7 @@ def _elementwise(x: Tensor, dout: Tensor, out: Tensor, kind: int, backward: bool
     blocks = triton.cdiv(rows, bm)
     strides = [t.stride(i) for t in (x, dout) for i in range(3)]
     _rows[(batch * heads * blocks,)](
-        x, dout, out, *strides, heads, rows, blocks, dim, BM=bm, BD=max(16, triton.next_power_of_2(dim)), KIND=kind,
+        x, dout, out, *strides, heads, rows, blocks, dim, BM=bm, BD=max(32, triton.next_power_of_2(dim)), KIND=kind,
         BACKWARD=backward, num_warps=4,
     )  # fmt: skip
     return out
@@ -228,12 +232,12 @@ def _poly_forward(x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
     if not out.numel():
         return out
     wide = x.dtype == torch.float32
-    width = max(16, triton.next_power_of_2(hidden))
+    width = max(32, triton.next_power_of_2(hidden))
     bm, bk, warps = poly_tiles(architecture(), width, wide)
     blocks = triton.cdiv(rows, bm)
     _poly[(batch * heads * blocks * degrees,)](
         x, w1, b1, w2, b2, out, x.stride(0), x.stride(1), x.stride(2), heads, rows, blocks, dim, hidden, n, degrees,
-        BM=bm, BK=bk, HIDDEN=width, BN=16 if wide else 32, PRECISION="ieee", SPLIT=not wide, num_warps=warps,
+        BM=bm, BK=bk, HIDDEN=width, BN=16, PRECISION="ieee", SPLIT=not wide, num_warps=warps,
         num_stages=1,
     )  # fmt: skip
     return out
@@ -259,7 +263,7 @@ def features_backward(
     dy = torch.empty(x.shape, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype, device=x.device)
     strides = [t.stride(i) for t in (x, dout) for i in range(3)]
     _hedgehog_backward[(batch * heads * blocks,)](
-        x, w, dout, dy, *strides, heads, rows, blocks, dim, BM=bm, BK=bk, BD=max(16, triton.next_power_of_2(dim)),
+        x, w, dout, dy, *strides, heads, rows, blocks, dim, BM=bm, BK=bk, BD=max(32, triton.next_power_of_2(dim)),
         PRECISION="ieee", SPLIT=_split(x, w), num_warps=warps, num_stages=1,
     )  # fmt: skip
     dx = (dy @ w.to(dy.dtype).transpose(-1, -2)).to(x.dtype)
@@ -301,9 +305,12 @@ def refuses(kind: str, dim: int, weights: tuple[Tensor, ...]) -> str | None:
 def variants(arch: str) -> Iterator[Variant]:
     """Every tile, with weights in fp32, which take the most."""
     for name in ("bf16", "fp16", "fp32"):
-        kinds = {**dict.fromkeys(("x", "do", "out"), f"*{name}"), **dict.fromkeys(("w", "w1", "b1", "w2", "b2"), "*fp32")}
+        kinds = {
+            **dict.fromkeys(("x", "do", "out"), f"*{name}"),
+            **dict.fromkeys(("w", "w1", "b1", "w2", "b2"), "*fp32"),
+        }
         kinds["dy"] = "*bf16" if name == "bf16" else "*fp32"
-        for bd in (16, 32, 64, 128, 256):
+        for bd in (32, 64, 128, 256):
             bm, bk, warps = tiles(arch, bd, name == "fp32")
             constants: dict[str, Any] = {"BM": bm, "BK": bk, "PRECISION": "ieee", "SPLIT": name != "fp32"}
             for function, stages in ((_hedgehog, 2), (_hedgehog_backward, 1)):
@@ -311,7 +318,7 @@ def variants(arch: str) -> Iterator[Variant]:
                 yield describe(label, function, kinds, {**constants, "BD": bd}, warps, stages)
             if bd <= HIDDEN:
                 bm, bk, warps = poly_tiles(arch, bd, name == "fp32")
-                more = {"BM": bm, "BK": bk, "HIDDEN": bd, "BN": 16 if name == "fp32" else 32}
+                more = {"BM": bm, "BK": bk, "HIDDEN": bd, "BN": 16}
                 yield describe(f"features poly {name} {bd}", _poly, kinds, {**constants, **more}, warps, 1)
             for kind, number in KINDS.items() if name == "bf16" else ():
                 for backward in (False, True):

@@ -298,7 +298,7 @@ def forward_kernel(
             if kinds is not None:
                 kind = tl.load(kinds + entry)
                 if kind >= 0:
-                    bits = pattern_bits(patterns, kind, in_block, c0, lane, BQ, BK)
+                    bits = pattern_bits(patterns, kind, in_block, c0, lane, BQ, BK, False)
                     s = tl.where(bits, s, -INF)
             if valid is not None:
                 alive = tl.load(valid + b * valid_b + key0 + j0 + lane) != 0
@@ -327,7 +327,7 @@ def forward_kernel(
             if kinds is not None:
                 kind = tl.load(kinds + entry)
                 if kind >= 0:
-                    seen = seen & pattern_bits(patterns, kind, in_block, c0, lane, BQ, BK)
+                    seen = seen & pattern_bits(patterns, kind, in_block, c0, lane, BQ, BK, False)
             s = tl.where(seen, s, -INF)
             m, den, acc = absorb(
                 m, den, acc, s, alive_tile(v_base, j0, v_n, lane, column, inside, DIM), unit, True, PRECISION

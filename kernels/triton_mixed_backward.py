@@ -200,7 +200,7 @@ def query_kernel(
         if kinds is not None:
             kind = tl.load(kinds + entry)
             if kind >= 0:
-                seen = seen & pattern_bits(patterns, kind, in_block, c0, lane, BQ, BK)
+                seen = seen & pattern_bits(patterns, kind, in_block, c0, lane, BQ, BK, False)
         s = tl.where(seen, s, -INF)
         vt = alive_tile(v_base, j0, v_n, lane, column, inside, DIM)
         dp = tl.dot(do_tile, tl.trans(vt), input_precision=PRECISION)
@@ -228,7 +228,7 @@ def query_kernel(
         if kinds is not None:
             kind = tl.load(kinds + entry)
             if kind >= 0:
-                bits = pattern_bits(patterns, kind, in_block, c0, lane, BQ, BK)
+                bits = pattern_bits(patterns, kind, in_block, c0, lane, BQ, BK, False)
                 s = tl.where(bits, s, -INF)
         if valid is not None:
             s = tl.where(alive[None, :], s, -INF)
@@ -275,6 +275,7 @@ def key_kernel(
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
     GROUP: tl.constexpr, DIM: tl.constexpr, CAUSAL: tl.constexpr, RANGES: tl.constexpr, SOFTCAP: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, PAD: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BN keys, over BM rows at a time of all query heads; the lists are by key block."""
     g = tl.program_id(1)
@@ -326,7 +327,8 @@ def key_kernel(
         left = start
         whole = start
         resume = start
-    for y in range(edge * GROUP):
+    # Triton 3.9 fails to compile a pipelined loop whose mask depends on a column that was read in it
+    for y in tl.range(0, edge * GROUP, num_stages=STAGES if RANGES else 1):
         x = y % edge
         head = (y // edge).to(tl.int64)
         entry = begin
@@ -340,7 +342,7 @@ def key_kernel(
         if kinds is not None:
             kind = tl.load(kinds + entry)
             if kind >= 0:
-                seen = seen & tl.trans(pattern_bits(patterns, kind, r0 % BQ + row, first % BK, lane, BQ, BK))
+                seen = seen & pattern_bits(patterns, kind, r0 % BQ + row, first % BK, lane, BQ, BK, True)
         acc_k, acc_v = key_step(
             acc_k, acc_v, kt, vt, q_base + head * q_h, do_base + head * do_h, lse + at + head * lse_n,
             delta + at + head * lse_n, r0, row, rows, q_n, do_n, column, seen, unit, scale, softcap,
@@ -359,7 +361,7 @@ def key_kernel(
         if kinds is not None:
             kind = tl.load(kinds + entry)
             if kind >= 0:
-                seen = tl.trans(pattern_bits(patterns, kind, r0 % BQ + row, first % BK, lane, BQ, BK))
+                seen = pattern_bits(patterns, kind, r0 % BQ + row, first % BK, lane, BQ, BK, True)
         acc_k, acc_v = key_step(
             acc_k, acc_v, kt, vt, q_base + head * q_h, do_base + head * do_h, lse + at + head * lse_n,
             delta + at + head * lse_n, r0, row, rows, q_n, do_n, column, seen, unit, scale, softcap,
@@ -573,8 +575,8 @@ def _keys(
         p.q.shape[2], p.k.shape[2], branch.fk.shape[1] if branch else 1, *strides(p.q), *strides(p.k), *strides(p.v),
         *strides(do), *strides(dk), *strides(dv), GROUP=s.per, DIM=s.dim, CAUSAL=p.causal,
         RANGES=isinstance(p.where, Ranges), SOFTCAP=p.softcap > 0, BQ=max(lists.block[0], t.walk), BK=lists.block[1],
-        BN=t.own, BM=t.walk, PAD=padded(s.dim), PRECISION=dot_precision(p.q.dtype), num_warps=t.warps,
-        num_stages=t.stages,
+        BN=t.own, BM=t.walk, PAD=padded(s.dim), PRECISION=dot_precision(p.q.dtype), STAGES=t.stages,
+        num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
 
 
@@ -616,7 +618,7 @@ def variants(arch: str) -> Iterator[Variant]:
             label = f"{kind}-{dim}-{'ranges' if ranges else 'blocks'}{'-full' if full else ''}"
             for name, function, t, tiles in (
                 ("query", query_kernel, own, {"BM": own.own, "BN": own.walk, "BE": 16}),
-                ("key", key_kernel, key, {"BN": key.own, "BM": key.walk}),
+                ("key", key_kernel, key, {"BN": key.own, "BM": key.walk, "STAGES": key.stages}),
             ):
                 constants = {x: y for x, y in (base | differs | tiles).items() if x in function.arg_names}
                 yield describe(f"mixed-backward-{name}-{label}", function, kind, constants, t.warps, t.stages)

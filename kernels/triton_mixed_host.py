@@ -163,6 +163,7 @@ SINGLE = (
     "sink_logits",
     "out_z",
     "sums_z",
+    "state_z",
     "state",
 )
 SINGLE += ("final", "den", "branch_dv", "part_k", "part_v")

@@ -93,14 +93,19 @@ def early_entries(columns, begin, count, limit, BQ: tl.constexpr):
 
 
 @triton.jit
-def pattern_bits(patterns, kind, row, first, lane, BQ: tl.constexpr, BK: tl.constexpr):
-    """(rows, keys): which keys first + lane of a block its rows `row` attend to. One word is read per 32 keys."""
+def pattern_bits(patterns, kind, row, first, lane, BQ: tl.constexpr, BK: tl.constexpr, ACROSS: tl.constexpr):
+    """(rows, keys), or ACROSS (keys, rows): which keys first + lane of a block its rows `row` attend to.
+
+    One word is read per row and 32 keys.
+    """
     words: tl.constexpr = BK // 32
+    near: tl.constexpr = 0 if ACROSS else 1  # the axis to add to what belongs to rows
     base = patterns + kind.to(tl.int64) * (BQ * words) + (row * words + first // 32)
-    word = tl.load(base)[:, None] + lane[None, :] * 0
+    key = tl.expand_dims(lane, 1 - near)
+    word = tl.expand_dims(tl.load(base), near) + key * 0
     if lane.shape[0] > 32:
-        word = tl.where((lane < 32)[None, :], word, tl.load(base + 1)[:, None])
+        word = tl.where(key < 32, word, tl.expand_dims(tl.load(base + 1), near))
     if lane.shape[0] > 64:
-        word = tl.where((lane < 64)[None, :], word, tl.load(base + 2)[:, None])
-        word = tl.where((lane < 96)[None, :], word, tl.load(base + 3)[:, None])
-    return ((word >> ((first + lane) % 32)[None, :]) & 1) != 0
+        word = tl.where(key < 64, word, tl.expand_dims(tl.load(base + 2), near))
+        word = tl.where(key < 96, word, tl.expand_dims(tl.load(base + 3), near))
+    return ((word >> ((first + key) % 32)) & 1) != 0

@@ -271,10 +271,9 @@ def _copy(k, v, k_r, v_r, index, here, to_k, to_v, slot, mine, d, D):
 
 def tiles(arch: str, dim: int, wide: bool, rows: int) -> tuple[int, int, int]:
     """Rows and keys of a tile, and warps; `rows` are the (row, head) pairs of a block."""
-    few = rows <= 16
-    if wide:
-        return 16, 16 if dim > 128 else 32, 4 if dim <= 64 else 8
-    return 16 if few else 64, 32, 4 if few and dim <= 128 else 8
+    if wide or rows <= 16:
+        return 16, 32, 8
+    return 32, 32, 8
 
 
 def retain(p: Retain) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -299,7 +298,7 @@ def retain(p: Retain) -> tuple[Tensor, tuple[Tensor, ...]]:
     fresh = 0 if p.memory is None else p.keep + p.window + p.sinks
     where = (groups, length, dim, k.shape[2], p.keep, p.keep + p.window, fresh)
     strides = [x.stride(i) for x in (k, v) for i in range(3)]
-    bd = max(16, triton.next_power_of_2(dim))
+    bd = max(32, triton.next_power_of_2(dim))
     if length:
         lse = torch.empty(batch, heads, length, dtype=torch.float32, device=device)
         wide = p.q.dtype == torch.float32
@@ -352,9 +351,11 @@ def variants(arch: str) -> Iterator[Variant]:
     for name in ("bf16", "fp16", "fp32"):
         kinds = {**dict.fromkeys(("q", "k", "v", "o"), f"*{name}"), "scale": "fp32", "cap": "fp32", "sink": "*fp32"}
         kinds |= dict.fromkeys(("lse", "score", "list_score", "ring_score", "kept_score"), "*fp32")
-        kinds |= dict.fromkeys(("rows_of", "seen_of", "count_of", "list_at", "list_index", "ring_at", "kept_at"), "*i32")
+        kinds |= dict.fromkeys(
+            ("rows_of", "seen_of", "count_of", "list_at", "list_index", "ring_at", "kept_at"), "*i32"
+        )
         kinds |= dict.fromkeys(("ring_k", "ring_v", "kept_k", "kept_v", "sink_k", "sink_v"), f"*{name}")
-        for bd, rows in ((x, r) for x in (16, 32, 64, 128, 256) for r in (1, 64)):
+        for bd, rows in ((x, r) for x in (32, 64, 128, 256) for r in (1, 64)):
             bm, bn, warps = tiles(arch, bd, name == "fp32", rows)
             if rows == 64 and name == "fp32":
                 continue  # the same tile
@@ -362,5 +363,5 @@ def variants(arch: str) -> Iterator[Variant]:
                 "BM": bm, "BN": bn, "BD": bd, "BR": 32, "SINK": True, "PRECISION": "ieee",
             }  # fmt: skip
             yield describe(f"retain walk {name} {bd}, tile {bm}", _walk, kinds, constants, warps, 1)
-        for bd in (16, 64, 256):
+        for bd in (32, 64, 128, 256):
             yield describe(f"retain memory {name} {bd}", _remember, kinds, {"BN": 32, "BD": bd}, 4, 3)

@@ -20,11 +20,13 @@ from .problem import Blocks, Pooled
 from .triton_common import Variant
 from .triton_linear import describe
 
-MOST = 16384  # key blocks of a row
+MOST = 8192  # key blocks of a row
 
 
 @triton.jit
-def _means(x, out, x_b, x_h, x_r, heads, rows, blocks, size, D, GROUP: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr):
+def _means(
+    x, out, x_b, x_h, x_r, heads, rows, blocks, size, D, GROUP: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr
+):
     """The mean over a block's tokens and the GROUP heads of each."""
     pid = tl.program_id(0)
     block = pid % blocks

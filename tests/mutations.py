@@ -20,9 +20,8 @@ class Mutation:
 
 
 def _torch(name, file, old, new, select, quick=False):
-    return Mutation(
-        name=name, file=f"kernels/{file}", old=old, new=new, tests="test_torch_backend.py", select=select, quick=quick
-    )
+    file, tests = f"kernels/{file}", "test_torch_backend.py"
+    return Mutation(name=name, file=file, old=old, new=new, tests=tests, select=select, quick=quick)
 
 
 TORCH = (
@@ -125,7 +124,6 @@ TORCH = (
         "taken = rank < p.keep",
         "taken = rank < p.keep - 1",
         "selection_keeps",
-        quick=True,
     ),
     _torch(
         "scores begin one row too late",
@@ -144,4 +142,140 @@ TORCH = (
     ),
 )
 
-MUTATIONS = TORCH
+
+def _triton(name, file, old, new, select, quick=False):
+    file, tests = f"kernels/{file}", "test_triton_sanitized.py"
+    return Mutation(name=name, file=file, old=old, new=new, tests=tests, select=select, quick=quick)
+
+
+TRITON = (
+    _triton(
+        "what the softmax holds is not scaled down to a new maximum",
+        "triton_mixed.py",
+        "acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)",
+        "acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)",
+        "mixed_attention and limit",
+        quick=True,
+    ),
+    _triton(
+        "the logarithm of the sum is stored without the maximum",
+        "triton_mixed.py",
+        "(m + tl.log2(total)) * LN2",
+        "tl.log2(total) * LN2",
+        "mixed_attention and limit",
+    ),
+    _triton(
+        "query heads read the keys of another group",
+        "triton_mixed.py",
+        "    g = h // GROUP\n",
+        "    g = h % (tl.num_programs(1) // GROUP)\n",
+        "mixed_attention and limit",
+    ),
+    _triton(
+        "the weight of the branch has the wrong sign in Triton",
+        "triton_mixed.py",
+        "c = tl.load(weight + head) * LOG2E",
+        "c = -tl.load(weight + head) * LOG2E",
+        "mixed_attention and windows",
+    ),
+    _triton(
+        "the last tile of keys is left out",
+        "triton_mixed_masks.py",
+        "right = tl.cdiv(tl.maximum(stop - resume, 0), BN)",
+        "right = tl.maximum(stop - resume, 0) // BN",
+        "mixed_attention and windows",
+    ),
+    _triton(
+        "the window reaches one key too far in Triton",
+        "triton_mixed_masks.py",
+        "return (j <= i) & (i - j < w)",
+        "return (j <= i) & (i - j <= w)",
+        "mixed_attention and causal",
+    ),
+    _triton(
+        "an extra key at the edge of the window is left out",
+        "triton_mixed_masks.py",
+        "far = at <= i - w",
+        "far = at < i - w",
+        "mixed_attention and windows",
+    ),
+    _triton(
+        "the bits of a partial block are read from the wrong end in Triton",
+        "triton_mixed_masks.py",
+        "((word >> ((first + key) % 32)) & 1)",
+        "((word >> (31 - (first + key) % 32)) & 1)",
+        "mixed_attention and lists",
+    ),
+    _triton(
+        "the gradient of the logits leaves out what the normaliser gives",
+        "triton_mixed_backward.py",
+        "ds = p * (dp - delta)",
+        "ds = p * dp",
+        "mixed_attention and limit",
+    ),
+    _triton(
+        "the gradient of k lacks the scale",
+        "triton_mixed_backward.py",
+        "tl.where(inside[:, None], acc_k * scale, 0.0)",
+        "tl.where(inside[:, None], acc_k, 0.0)",
+        "mixed_attention and limit",
+    ),
+    _triton(
+        "a segment reads a state that holds the segment itself",
+        "triton_linear.py",
+        "tl.cumsum(t, 0) - t + carry[None, :]",
+        "tl.cumsum(t, 0) + carry[None, :]",
+        "linear_attention and state",
+    ),
+    _triton(
+        "the state of an earlier call is forgotten in Triton",
+        "triton_linear.py",
+        "carry += tl.load(state + place, mask=live, other=0.0).to(tl.float32)",
+        "carry += 0.0",
+        "linear_attention and state",
+    ),
+    _triton(
+        "the last used slot of a cache is not read",
+        "triton_decode.py",
+        "there = slot < end\n",
+        "there = slot < end - 1\n",
+        "decode_step",
+    ),
+    _triton(
+        "a slot that is not used is read",
+        "triton_decode.py",
+        "end = tl.minimum(begin + slice_size, used)",
+        "end = tl.minimum(begin + slice_size, used + 1)",
+        "decode_step",
+    ),
+    _triton(
+        "scores begin one row too late in Triton",
+        "triton_retain.py",
+        "(row[:, None] - at[None, :] >= window // 2)",
+        "(row[:, None] - at[None, :] > window // 2)",
+        "retention",
+    ),
+    _triton(
+        "the ring gives the token of another slot",
+        "triton_retain.py",
+        "ring + position % window",
+        "ring + (position + 1) % window",
+        "retention",
+    ),
+    _triton(
+        "selection keeps one block too few in Triton",
+        "triton_select.py",
+        "keep.to(tl.float32)",
+        "(keep - 1).to(tl.float32)",
+        "selection and keep",
+    ),
+    _triton(
+        "the second half of a Hedgehog map has the sign of the first in Triton",
+        "triton_features.py",
+        "tl.store(place + D, tl.maximum(n, FLOOR)",
+        "tl.store(place + D, tl.maximum(p, FLOOR)",
+        "feature_maps and hedgehog",
+    ),
+)
+
+MUTATIONS = TORCH + TRITON

@@ -83,7 +83,8 @@ def test_the_gate_names_what_spills_is_too_large_or_does_not_compile(aot):
     assert "spills 8" in aot.problems([{**row, "spills": 8}])[0]
     assert "does not compile" in aot.problems([{**row, "error": "no"}])[0]
     text = ".vgpr_count:     72\n.vgpr_spill_count: 0\n.sgpr_spill_count: 3\n; ScratchSize: 0\n"
-    assert aot._amd_usage(text) == {"registers": 72, "spills": 3}
+    assert aot._amd_usage(text) == {"registers": 72, "spills": 0, "scalar_spills": 3}
+    assert aot._amd_usage(text.replace("ScratchSize: 0", "ScratchSize: 12"))["spills"] == 12
 
 
 def test_the_table_has_a_line_for_each_kernel(aot):

@@ -132,6 +132,20 @@ def test_what_cannot_be_done_is_refused_with_its_reason(converted):
         cache.crop(10)
 
 
+def test_a_compiled_model_gives_the_same_logits_and_gradients():
+    model = tiny("llama")
+    Conversion(model, {site: [Window(size=6, sinks=2), Hybrid(window=5, sinks=2)] for site in find_sites(model)})
+    ids, compiled = ids_of(), torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = []
+    for run in (model, compiled):
+        out = run(ids, labels=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        gradient = torch.autograd.grad(out.loss, model.model.layers[0].self_attn.q_proj.weight)[0]
+        found.append((out.logits, gradient))
+    torch.testing.assert_close(found[1], found[0])
+    with pytest.raises(Exception, match="pass an attention_mask"):
+        compiled(ids, use_cache=False)
+
+
 def test_packed_sequences_are_refused():
     model = tiny("llama")
     Conversion(model, mixed(find_sites(model)))

@@ -46,8 +46,6 @@ def build(rng, name, dim=40):
 def test_mixed_attention_forward_and_backward(seed, name):
     rng = cases.generator(seed)
     p, branch = build(rng, name)
-    if reason := backend.refuses("mixed_forward", (p, branch)) or backend.refuses("mixed_backward", (p, branch)):
-        pytest.skip(reason)
     do, dlinear = cases.output_gradients(rng, p, branch)
     with sanitized():
         out = backend.mixed_forward(p, branch)
@@ -56,9 +54,7 @@ def test_mixed_attention_forward_and_backward(seed, name):
     cases.check_gradients(found, p, branch, do, dlinear)
 
 
-@pytest.mark.parametrize(
-    "more", [{"state": True}, {"causal": False}, {"varlen": [(3, 3), (0, 0), (150, 150)]}], ids=str
-)
+@pytest.mark.parametrize("more", [{"state": True}, {"causal": False}, {"varlen": [(3, 3), (0, 0), (99, 99)]}], ids=str)
 def test_linear_attention_forward_and_backward(seed, more):
     rng = cases.generator(seed)
     p = cases.linear_case(rng, **{"rows": 141, "features": 24, "dim": 40, "views": True, **more})
@@ -116,20 +112,21 @@ def test_feature_maps(seed, kind):
         y = backend.features(x, kind, weights)
         dout = cases.normal(rng, *y.shape)
         dx, dweights = backend.features_backward(x, kind, weights, dout)
-    cases.assert_close(
-        y, cases.features_reference(x.double(), kind, weights), cases.features_reference(x, kind, weights)
-    )
-    for dtype in (torch.float64, torch.float32):
-        inputs = {n: t.detach().to(dtype).requires_grad_() for n, t in enumerate((x, *weights))}
-        z = cases.features_reference(inputs[0], kind, tuple(inputs.values())[1:])
-        found = cases.gradients((z * dout.to(dtype)).sum(), inputs)
-        exact = found if dtype == torch.float64 else exact
+    exact, plain = (cases.features_reference(t, kind, weights) for t in (x.double(), x))
+    cases.assert_close(y, exact, plain)
+    exact, plain = (feature_gradients(x, kind, weights, dout, dtype) for dtype in (torch.float64, torch.float32))
     for n, got in enumerate((dx, *dweights)):
-        cases.assert_close(got, exact[n], found[n], name=f"gradient {n}")
+        cases.assert_close(got, exact[n], plain[n], name=f"gradient {n}")
+
+
+def feature_gradients(x, kind, weights, dout, dtype):
+    inputs = {n: t.detach().to(dtype).requires_grad_() for n, t in enumerate((x, *weights))}
+    y = cases.features_reference(inputs[0], kind, tuple(inputs.values())[1:])
+    return cases.gradients((y * dout.to(dtype)).sum(), inputs)
 
 
 def far_apart(x):
-    """The same numbers, but the heads are further apart than int32 counts. Nearly all of the memory is never touched."""
+    """The same numbers, the heads further apart than int32 counts. Nearly all of the memory is never touched."""
     b, h, s, d = x.shape
     stride = 2**31 // (h - 1) + 64
     memory = torch.UntypedStorage(((h - 1) * stride + s * d) * x.element_size())

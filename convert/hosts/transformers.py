@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
@@ -240,11 +241,15 @@ def mask_function(
     batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **others: Any
 ) -> Tensor | None:
     """Keeps the padding mask (B, tokens so far) as it is, or None where every token is real."""
-    if (
-        others.get("allow_is_causal_skip") is False
-    ):  # how transformers says that the mask is not causal and padding alone
-        raise Unsupported("packed sequences and custom mask functions are not supported: pad the batch instead")
-    return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+    compiling = torch.compiler.is_compiling()
+    if others.get("allow_is_causal_skip") is False:  # so transformers says that it is more than causal and padding
+        advice = "pad the batch instead"
+        if compiling and attention_mask is None:
+            advice = "pass an attention_mask, without one transformers cannot rule them out while it compiles"
+        raise Unsupported(f"packed sequences and custom mask functions are not supported: {advice}")
+    if attention_mask is None or compiling:  # a compiler sees shapes, not whether all are real
+        return attention_mask
+    return None if bool(attention_mask.all()) else attention_mask
 
 
 def _swap_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

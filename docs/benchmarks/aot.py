@@ -33,6 +33,8 @@ from typing import Any
 
 RESULTS = Path(__file__).with_name("aot.json")
 KERNELS = Path(__file__).parents[2] / "kernels"
+CHANGED = "its source changed while the gate ran: run it again"
+FOUND = ("registers", "shared", "spills", "scalar_spills", "error", "triton")  # what a row says of its result
 SAVE_EVERY = 25  # results: an interrupted run goes on from there
 
 # -------------------------------------------------------------------------------------------------- what there is to do
@@ -108,13 +110,16 @@ def source(function: Any) -> str:
 # ------------------------------------------------------------------------------------------------------ one compilation
 
 
-def compiled(module: str, arch: str, index: int, loose: bool = False) -> dict[str, Any]:
+def compiled(row: dict[str, Any], loose: bool = False) -> dict[str, Any]:
     """Registers, shared memory in bytes and spills of one variant, or the error that kept it from being compiled."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    v = variants(module, arch)[index]
+    arch = row["arch"]
+    v = variants(row["module"], arch)[row["index"]]
+    if describe(row["module"], arch, v)["hash"] != row["hash"]:
+        return {"error": CHANGED}
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     fixed = {p.name for p in v.function.params if p.do_not_specialize}
@@ -140,8 +145,10 @@ def _amd_usage(text: str) -> dict[str, int]:
         found = re.findall(pattern + r":?\s+(\d+)", text)
         return max(map(int, found)) if found else 0
 
-    spills = number(r"\.vgpr_spill_count") + number(r"\.sgpr_spill_count")
-    return {"registers": number(r"\.vgpr_count"), "spills": max(spills, number("ScratchSize"))}
+    spills = max(number(r"\.vgpr_spill_count"), number("ScratchSize"))
+    # scalar registers are kept in lanes of vector registers, not in memory: told, not refused
+    scalar = number(r"\.sgpr_spill_count")
+    return {"registers": number(r"\.vgpr_count"), "spills": spills, **({"scalar_spills": scalar} if scalar else {})}
 
 
 def _nvidia_usage(cubin: bytes) -> dict[str, int]:
@@ -216,18 +223,19 @@ def load(results: Path = RESULTS) -> list[dict[str, Any]]:
 
 def save(rows: list[dict[str, Any]], results: Path) -> None:
     """One row per line, so that a change of one kernel is a change of its lines. Rows without a result are left out."""
-    done = [{k: v for k, v in row.items() if k != "index"} for row in rows if "triton" in row]
+    finished = [row for row in rows if "triton" in row and row.get("error") != CHANGED]
+    done = [{k: v for k, v in row.items() if k != "index"} for row in finished]
     results.write_text("[\n" + ",\n".join(map(json.dumps, done)) + "\n]\n")
 
 
 def run(todo: list[dict[str, Any]], jobs: int, loose: bool) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Each row with its result as it is done, in processes of their own."""
     if jobs == 1 and len(todo) <= 8:  # a few: another process would cost more
-        yield from ((row, compiled(row["module"], row["arch"], row["index"], loose)) for row in todo)
+        yield from ((row, compiled(row, loose)) for row in todo)
         return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = {pool.submit(compiled, row["module"], row["arch"], row["index"], loose): row for row in todo}
+        futures = {pool.submit(compiled, row, loose): row for row in todo}
         for future in concurrent.futures.as_completed(futures):
             yield futures[future], future.result()
 
@@ -261,13 +269,13 @@ def main(arguments: list[str] | None = None) -> int:
         old = known.get((row["arch"], row["hash"]))
         again = id(row) in chosen and (given.fresh or dry or (old or {}).get("triton") != triton.__version__)
         if old is not None and not again:
-            row |= {name: old[name] for name in ("registers", "shared", "spills", "error", "triton") if name in old}
+            row |= {name: old[name] for name in FOUND if name in old}
     todo = [r for r in here if "triton" not in r]
     print(f"{len(here)} configurations, {len(todo)} to compile with Triton {triton.__version__}", flush=True)
     for n, (row, result) in enumerate(run(todo, given.jobs, given.loose), 1):
         row |= {**result, "triton": triton.__version__}
-        for line in problems([row]):
-            print(line, flush=True)
+        if result.get("error") != CHANGED:
+            print(*problems([row]), sep="\n", end="\n" if problems([row]) else "", flush=True)
         if n % SAVE_EVERY == 0:
             print(f"{n} of {len(todo)}", flush=True)
             if not dry:

@@ -1,58 +1,34 @@
-"""Measure what the documentation claims: `make bench`, or `make bench ARGS="operators"` for one part.
+"""Measure what the documentation claims: `make bench`, or `make bench ARGS="cpu"` for one part.
 
-Writes docs/benchmarks/<part>.json, each with the machine and the date, and docs/benchmarks.md made from all of them.
+The parts are `cpu` and, with a CUDA device, `gpu` (the kernels), and the recipes. Writes docs/benchmarks/<part>.json
+(for `gpu` named after the device), each with the machine and the date, and docs/benchmarks.md made from all of them.
+`make bench ARGS="page"` makes the page alone.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import aot
+import tables
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 RECIPES = ("smollm2-135m-window", "smollm2-135m-linear")
-HEADS, KV_HEADS, DIM = 9, 3, 64  # of SmolLM2-135M
+KERNELS = ("cpu", "gpu")
+PAGE = "page"
 
 
-def operators(lengths: tuple[int, ...] = (1024, 4096, 8192, 16384), repeats: int = 3) -> dict[str, Any]:
-    """One layer of SmolLM2's shape, bf16, forward: milliseconds of each operator, taking turns, medians."""
-    import torch
-
-    from attnconvert.kernels import operators as ops
-    from attnconvert.kernels.call import Call
-    from attnconvert.kernels.spec import Full, Hybrid, Linear, Window, label
-
-    specs = [Full(), Window(size=128, sinks=4), Window(size=1024, sinks=4), Linear(), Hybrid(window=64, sinks=4)]
-    rows = []
-    for length in lengths:
-        q, k, v = (torch.randn(1, h, length, DIM).bfloat16() for h in (HEADS, KV_HEADS, KV_HEADS))
-        times: dict[str, dict[str, list[float]]] = {label(s): {"prefill": [], "decode": []} for s in specs}
-        for repeat in range(repeats + 1):
-            for spec in specs:
-                learned = ops.of(spec).parameters(spec, HEADS, KV_HEADS, DIM)
-                with torch.no_grad():
-                    start = time.perf_counter()
-                    _, state = ops.attend(spec, q, k, v, Call(scale=DIM**-0.5), None, learned)
-                    prefill = time.perf_counter() - start
-                    step = [x[:, :, -1:] for x in (q, k, v)]
-                    start = time.perf_counter()
-                    for n in range(8):
-                        _, state = ops.attend(spec, *step, Call(scale=DIM**-0.5, seen=length + n), state, learned)
-                    decode = (time.perf_counter() - start) / 8
-                if repeat:  # the first round warms up
-                    times[label(spec)]["prefill"].append(prefill * 1e3)
-                    times[label(spec)]["decode"].append(decode * 1e3)
-        middle = {name: {phase: statistics.median(x) for phase, x in both.items()} for name, both in times.items()}
-        for name, both in middle.items():
-            ratios = {f"{phase}_speedup": middle["full"][phase] / both[phase] for phase in both}
-            rows.append({"length": length, "operator": name, **{f"{p}_ms": x for p, x in both.items()}, **ratios})
-    return {"shape": {"heads": HEADS, "kv_heads": KV_HEADS, "dim": DIM, "dtype": "bfloat16"}, "rows": rows}
+def kernels(part: str) -> None:
+    """The kernels on the CPU or the GPU, in a process of their own that writes the file."""
+    done = subprocess.run([sys.executable, str(HERE / f"{part}.py")], check=False)
+    if done.returncode:
+        raise SystemExit(f"docs/benchmarks/{part}.py ended with {done.returncode}; what it said stands above")
 
 
 def conversion(recipe: str) -> dict[str, Any]:
@@ -73,29 +49,48 @@ def figures(recipe: str, folder: Path) -> dict[str, Any]:
     return {"recipe": recipe, "command": f"attnconvert run {recipe}", "stages": stages, **measured}
 
 
-PARTS = {"operators": operators, **{name: (lambda name=name: conversion(name)) for name in RECIPES}}
-
-
 def main(names: list[str]) -> None:
     from attnconvert.convert.machine import hardware, versions
 
-    unknown = [n for n in names if n not in PARTS]
+    known = (*KERNELS, *RECIPES, PAGE)
+    unknown = [n for n in names if n not in known]
     if unknown:
-        raise SystemExit(f"no benchmark {unknown[0]!r}; known are {', '.join(PARTS)}")
-    for name in names or PARTS:
+        raise SystemExit(f"no benchmark {unknown[0]!r}; known are {', '.join(known)}")
+    for name in names or everything():
         print(f"benchmark {name}", file=sys.stderr)
-        found = PARTS[name]()
-        stamp = {"date": datetime.now(UTC).date().isoformat(), "machine": hardware(), "versions": versions()}
-        (HERE / f"{name}.json").write_text(json.dumps({**stamp, **found}, indent=1) + "\n")
+        if name in KERNELS:
+            kernels(name)
+        elif name in RECIPES:
+            found = conversion(name)
+            stamp = {"date": datetime.now(UTC).date().isoformat(), "machine": hardware(), "versions": versions()}
+            (HERE / f"{name}.json").write_text(json.dumps({**stamp, **found}, indent=1) + "\n")
     (HERE.parent / "benchmarks.md").write_text(page())
+
+
+def everything() -> list[str]:
+    """All parts that this machine can measure."""
+    import torch
+
+    if torch.cuda.is_available():
+        return [*KERNELS, *RECIPES]
+    print("benchmark gpu is left out: torch finds no CUDA device", file=sys.stderr)
+    return ["cpu", *RECIPES]
 
 
 def page() -> str:
     """docs/benchmarks.md from the JSON files that are there."""
     lines = ["# Benchmarks", "", "Made by `make bench` from the files in `docs/benchmarks/`; do not edit.", ""]
-    path = HERE / "operators.json"
-    if path.exists():
-        lines += _operator_table(json.loads(path.read_text()))
+    ahead = aot.load()
+    lines += tables.goals(HERE, (len(ahead), aot.problems(ahead)) if ahead else None)
+    for found in tables.load(HERE, "cpu"):
+        lines += tables.cpu(found)
+    on_gpu = tables.load(HERE, "gpu")
+    for found in on_gpu:
+        lines += tables.gpu(found)
+    if not on_gpu:
+        lines += tables.no_gpu()
+    if ahead:
+        lines += _ahead(ahead)
     for name in RECIPES:
         path = HERE / f"{name}.json"
         if path.exists():
@@ -103,29 +98,14 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _ahead(rows: list[dict[str, Any]]) -> list[str]:
+    told = "Every configuration that ships, compiled without a GPU by `python docs/benchmarks/aot.py`."
+    return ["## Kernels ahead of time", "", told, "", *aot.table(rows), ""]
+
+
 def _where(found: dict[str, Any]) -> str:
     machine = found["machine"]
     return f"{machine['cpu']}, {machine['cores']} cores, torch {found['versions']['torch']}, {found['date']}"
-
-
-def _operator_table(found: dict[str, Any]) -> list[str]:
-    shape = found["shape"]
-    lines = [
-        "## Operators",
-        "",
-        f"One layer, {shape['heads']} query heads over {shape['kv_heads']} KV heads of {shape['dim']}, "
-        f"{shape['dtype']}, forward, batch 1. Speed-up is against `full` (SDPA) in the same process, taking turns. "
-        f"{_where(found)}.",
-        "",
-        "| tokens | operator | prefill ms | speed-up | decode ms | speed-up |",
-        "|---:|---|---:|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {r['length']} | {r['operator']} | {r['prefill_ms']:.1f} | {r['prefill_speedup']:.1f}× "
-        f"| {r['decode_ms']:.2f} | {r['decode_speedup']:.1f}× |"
-        for r in found["rows"]
-    ]
-    return [*lines, ""]
 
 
 def _conversion_tables(found: dict[str, Any]) -> list[str]:

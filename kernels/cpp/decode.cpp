@@ -6,7 +6,7 @@ namespace attn {
 namespace {
 
 struct Part {
-    Array k, v, mask, fq, state, weight;
+    Array k, v, mask, fq, state, weight, late, received;
     int64_t first, used;
 };
 
@@ -23,6 +23,7 @@ constexpr int64_t KEYS = 32;    // keys at a time
 struct Piece {
     const Part* part;
     int64_t b, g, from, to;  // g within the part
+    int64_t scores;          // where those of its keys are kept, (G, PIECE) floats; -1 where nobody asks
 };
 
 // Four rows at once, so that their sums cross lanes together.
@@ -64,24 +65,30 @@ class Decoder {
             for (int64_t n = 0; n < a.count; n++)
                 for (int64_t g = 0; g < a.parts[n].k.size[1]; g++) {
                     begins.push_back(pieces.size());
-                    for (int64_t c = 0; c < a.parts[n].used; c += PIECE)
-                        pieces.push_back({&a.parts[n], b, g, c, std::min(c + PIECE, a.parts[n].used)});
-                    outputs.push_back({&a.parts[n], b, g, 0, 0});
+                    for (int64_t c = 0; c < a.parts[n].used; c += PIECE) {
+                        const int64_t scores = a.parts[n].late.data ? kept : -1;
+                        pieces.push_back({&a.parts[n], b, g, c, std::min(c + PIECE, a.parts[n].used), scores});
+                        if (scores >= 0) kept += G * PIECE;
+                    }
+                    outputs.push_back({&a.parts[n], b, g, 0, 0, -1});
                 }
         begins.push_back(pieces.size());
     }
 
     void run() {
         const int64_t room = G * d + 2 * KEYS * d + 2 * KEYS + 64;
-        Buffer work(room * a.threads), partial(one * std::max<size_t>(1, pieces.size()));
+        Buffer work(room * a.threads), partial(one * std::max<size_t>(1, pieces.size())), scores(kept);
         parallel(a.threads, pieces.size(), [&](int64_t i) {
-            piece(pieces[i], partial.get() + i * one, work.get() + room * omp_get_thread_num());
+            piece(pieces[i], partial.get() + i * one, work.get() + room * omp_get_thread_num(), scores.get());
         });
-        Buffer rows((d + W) * 2 * a.threads);
+        const int64_t wide = (d + W) * 2 + up(G, W);
+        Buffer rows(wide * a.threads);
         parallel(outputs.size() * G < 64 ? 1 : a.threads, outputs.size(), [&](int64_t i) {
+            float *room = rows.get() + wide * omp_get_thread_num(), *total = room + (d + W) * 2;
             for (int64_t h = 0; h < G; h++)
-                merge(outputs[i], h, partial.get() + begins[i] * one, begins[i + 1] - begins[i],
-                      rows.get() + (d + W) * 2 * omp_get_thread_num());
+                total[h] = merge(outputs[i], h, partial.get() + begins[i] * one, begins[i + 1] - begins[i], room);
+            for (size_t n = begins[i]; outputs[i].part->late.data && n < begins[i + 1]; n++)
+                receive(pieces[n], scores.get() + pieces[n].scores, total);
         });
     }
 
@@ -95,7 +102,7 @@ class Decoder {
         return to;
     }
 
-    void piece(const Piece& x, float* out, float* work) const {
+    void piece(const Piece& x, float* out, float* work, float* scores) const {
         float *q = work, *kt = q + G * d, *vt = kt + KEYS * d, *s = vt + KEYS * d;
         const Part& part = *x.part;
         for (int64_t h = 0; h < G; h++) {
@@ -108,21 +115,35 @@ class Decoder {
         }
         for (int64_t from = x.from; from < x.to;) {
             const float *k[KEYS], *v[KEYS];
-            int64_t n = 0;
+            int64_t n = 0, slots[KEYS];
             for (; from < x.to && n < KEYS; from++) {
                 if (part.mask.data && !*part.mask.at(x.b, from)) continue;
                 k[n] = row(part.k, x.b, x.g, from, kt + n * d);
                 v[n] = row(part.v, x.b, x.g, from, vt + n * d);
-                n++;
+                slots[n++] = from - x.from;
             }
             if (n == 0) continue;
             for (int64_t j = n; j < up(n, 4); j++) k[j] = k[0];
-            for (int64_t h = 0; h < G; h++) head(q + h * d, k, v, n, s, out + h * (d + 2));
+            for (int64_t h = 0; h < G; h++) {
+                float* kept_here = x.scores < 0 ? nullptr : scores + x.scores + h * PIECE;
+                head(q + h * d, k, v, n, s, out + h * (d + 2), kept_here, slots);
+            }
+        }
+    }
+
+    // What late slots were given: Σ over the heads of 2^(score − total), 0 at the others.
+    void receive(const Piece& x, const float* scores, const float* total) const {
+        for (int64_t j = x.from; j < x.to; j++) {
+            float sum = 0;
+            const bool read = *x.part->late.at(x.b, j) && !(x.part->mask.data && !*x.part->mask.at(x.b, j));
+            for (int64_t h = 0; read && h < G; h++) sum += std::exp2(scores[h * PIECE + j - x.from] - total[h]);
+            *reinterpret_cast<float*>(x.part->received.at(x.b, x.g, j)) = sum;
         }
     }
 
     // The online softmax of one head over n keys; o (d), then the maximum in powers of 2 and the sum.
-    void head(const float* q, const float* const* k, const float* const* v, int64_t n, float* s, float* o) const {
+    void head(const float* q, const float* const* k, const float* const* v, int64_t n, float* s, float* o,
+              float* kept_here, const int64_t* slots) const {
         for (int64_t j = 0; j < n; j += 4) dots(q, k + j, s + j, d);
         for (int64_t j = n; j < KEYS; j++) s[j] = LOWEST;
         const float scale = static_cast<float>(a.scale), cap = static_cast<float>(a.softcap);
@@ -134,6 +155,7 @@ class Decoder {
             store(s + j, x);
             high = max(high, x);
         }
+        for (int64_t j = 0; kept_here && j < n; j++) kept_here[slots[j]] = s[j];
         float &m = o[d], &l = o[d + 1];
         const float best = highest(high), now = best > m || best != best ? best : m;
         if (now == LOWEST) return;
@@ -174,7 +196,8 @@ class Decoder {
         return den;
     }
 
-    void merge(const Piece& x, int64_t h, const float* partial, int64_t n, float* work) const {
+    // The output of one head; the logarithm of its denominator to base 2.
+    float merge(const Piece& x, int64_t h, const float* partial, int64_t n, float* work) const {
         const Part& part = *x.part;
         const int64_t head = (part.first + x.g) * G + h;
         float *o = work, *tail = work + d + W;
@@ -182,7 +205,8 @@ class Decoder {
         const float den = has ? far(x, h, tail) : 0;
         if (has && !part.weight.data) {  // linear attention
             scale_by(tail, 1.0f / (den + 1e-6f), d);
-            return from_float(a.o.at(x.b, head, 0), tail, a.o.dtype, D);
+            from_float(a.o.at(x.b, head, 0), tail, a.o.dtype, D);
+            return 0;
         }
         const float sink = a.sink.data ? a.sink.number(head) * LOG2E : LOWEST;
         const float c = has && den > 0 ? part.weight.number(x.g * G + h) * LOG2E : LOWEST;
@@ -192,8 +216,9 @@ class Decoder {
             top = m > top || m != m ? m : top;
         }
         std::memset(o, 0, d * 4);
+        float total = 1;
         if (top != LOWEST) {
-            float total = std::exp2(sink - top) + (c == LOWEST ? 0 : std::exp2(c - top) * den);
+            total = std::exp2(sink - top) + (c == LOWEST ? 0 : std::exp2(c - top) * den);
             if (c != LOWEST) mix(o, tail, std::exp2(c - top));
             for (int64_t i = 0; i < n; i++) {
                 const float* p = partial + i * one + h * (d + 2);
@@ -205,6 +230,7 @@ class Decoder {
             scale_by(o, 1.0f / total, d);
         }
         from_float(a.o.at(x.b, head, 0), o, a.o.dtype, D);
+        return top == LOWEST ? INFINITY : top + std::log2(total);
     }
 
     void mix(float* o, const float* x, float f) const {
@@ -212,7 +238,7 @@ class Decoder {
     }
 
     const DecodeArgs& a;
-    int64_t B, D, G, d, one;
+    int64_t B, D, G, d, one, kept = 0;
     std::vector<Piece> pieces, outputs;
     std::vector<size_t> begins;
 };

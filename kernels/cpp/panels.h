@@ -4,8 +4,15 @@
 // bf16 of the summed axis where the product is that of AVX-512-BF16 (Pairs). Rows of the left factor are read by
 // broadcast from anywhere. All panels are scratch memory of ours: only packing reads a user's tensor.
 #pragma once
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
+#include <mutex>
 #include <new>
+#include <utility>
+#include <vector>
 
 #include "simd.h"
 
@@ -19,23 +26,67 @@ constexpr int ALIGN = 64;                  // keys are packed to a multiple of t
 INLINE int64_t up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
-// Scratch memory, aligned and not initialised.
-class Buffer {
+// Scratch memory that outlives calls: fresh pages cost more than what many calls compute. At most KEPT bytes stay.
+class Pool {
    public:
-    Buffer() = default;
-    explicit Buffer(int64_t floats) { resize(floats); }
-    ~Buffer() { std::free(p_); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    void resize(int64_t floats) {
-        std::free(p_);
-        p_ = static_cast<float*>(std::aligned_alloc(64, up(floats * 4 + 64, 64)));
-        if (!p_) throw std::bad_alloc();
+    static constexpr int64_t KEPT = int64_t{256} << 20, PAGE = int64_t{2} << 20;
+    void* take(int64_t& bytes) {
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            auto best = free_.end();
+            for (auto it = free_.begin(); it != free_.end(); ++it)
+                if (it->first >= bytes && (best == free_.end() || it->first < best->first)) best = it;
+            if (best != free_.end()) {
+                void* p = best->second;
+                bytes = best->first;
+                kept_ -= bytes;
+                free_.erase(best);
+                return p;
+            }
+        }
+        const int64_t alignment = bytes >= PAGE ? PAGE : 64;
+        bytes = up(bytes, alignment);
+        void* p = std::aligned_alloc(alignment, bytes);
+        if (!p) throw std::bad_alloc();
+#if defined(__linux__)
+        if (alignment == PAGE) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+        return p;
     }
-    float* get() const { return p_; }
+    void give(void* p, int64_t bytes) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        while (!free_.empty() && kept_ + bytes > KEPT) {
+            kept_ -= free_.front().first;
+            std::free(free_.front().second);
+            free_.erase(free_.begin());
+        }
+        if (kept_ + bytes > KEPT) return std::free(p);
+        kept_ += bytes;
+        free_.emplace_back(bytes, p);
+    }
 
    private:
-    float* p_ = nullptr;
+    std::mutex mutex_;
+    std::vector<std::pair<int64_t, void*>> free_;
+    int64_t kept_ = 0;
+};
+inline Pool& pool() {
+    static Pool* one = new Pool;  // never destroyed: threads may still run when the process ends
+    return *one;
+}
+
+// A piece of it, aligned to 64 bytes and not initialised.
+class Buffer {
+   public:
+    explicit Buffer(int64_t floats) : bytes_(floats * 4 + 64), p_(pool().take(bytes_)) {}
+    ~Buffer() { pool().give(p_, bytes_); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    float* get() const { return static_cast<float*>(p_); }
+
+   private:
+    int64_t bytes_;
+    void* p_;
 };
 
 struct Panels {

@@ -97,7 +97,13 @@ INLINE V exp2(V x) {
     p = fma(p, r, set(1.0f));
     return keep_from(x, -126.0f, times_power(p, t));
 }
-INLINE V exp(V x) { return exp2(mul(x, set(LOG2E))); }
+// e^x to 3e-7 of its value, for x <= 88; 0 below -87.
+INLINE V exp(V x) {
+    const V magic = set(12582912.0f);
+    const V t = fma(max(set(-87.0f), x), set(LOG2E), magic), n = sub(t, magic);
+    const V r = fma(n, set(-1.42860677e-6f), fma(n, set(-0.693145751953125f), x));  // x - n ln 2, in two parts
+    return keep_from(x, -87.0f, times_power(exp2(mul(r, set(LOG2E))), t));
+}
 // 1 - 2 / (e^2x + 1); exact at both ends, absolute error below 2e-7
 INLINE V tanh(V x) {
     const V e = exp2(min(set(126.0f), mul(x, set(2.0f * LOG2E))));
