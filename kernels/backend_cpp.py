@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,19 +122,40 @@ def unavailable() -> str | None:
 
 def refuses(function: str, problem: object) -> str | None:
     """Why this back end does not take the problem."""
-    for name, x in _tensors(problem):
+    if function in ("features", "features_backward"):
+        x, kind, _ = problem  # type: ignore[misc]
+        if kind not in KINDS:
+            return f"the feature map {kind!r} has no C++ kernel; those of {', '.join(KINDS)} have"
+        if x.shape[-1] % 8:
+            return f"x has {x.shape[-1]} numbers in a row: the C++ kernels take multiples of 8"
+    if function == "select":
+        return None  # runs in torch
+    named = _tensors(problem)
+    for name, x in named:
         if x.is_floating_point() and x.dtype not in INPUTS:
             return f"{name} is {x.dtype}: the C++ kernels take float32, bfloat16 and float16"
+        if name in ("q", "k", "v") and x.shape[-1] % 8:
+            return f"{name} has head dimension {x.shape[-1]}: the C++ kernels take multiples of 8"
         if name in ("fq", "fk") and x.shape[-1] > WIDEST:
             return f"{name} has {x.shape[-1]} features: the C++ kernels take up to {WIDEST}"
+    found = {str(x.dtype): None for name, x in named if name in ("q", "k", "v", *MEMORY)}
+    if function != "decode" and len(found) > 1:
+        return f"q, k and v have different dtypes ({', '.join(found)}): the C++ kernels take one"
     return None
 
 
-def _tensors(problem: object) -> list[tuple[str, Tensor]]:
+MEMORY = tuple(f"memory[{n}]" for n in (0, 1, 4, 5, 8, 9))  # the keys and values among those of `Retain`
+
+
+def _tensors(problem: object, name: str = "x") -> list[tuple[str, Tensor]]:
+    """The tensors of a problem and their names, however deep."""
     if isinstance(problem, Tensor):
-        return [("x", problem)]
-    fields = getattr(problem, "__dict__", {})
-    return [(name, x) for name, x in fields.items() if isinstance(x, Tensor)]
+        return [(name, problem)]
+    if isinstance(problem, tuple):
+        return [y for n, x in enumerate(problem) for y in _tensors(x, f"{name}[{n}]")]
+    if not dataclasses.is_dataclass(problem):
+        return []
+    return [y for f in dataclasses.fields(problem) for y in _tensors(getattr(problem, f.name), f.name)]
 
 
 def mixed_forward(p: Softmax, branch: Branch | None) -> Mixed:
@@ -295,7 +317,10 @@ class _Call:
         found = library()
         if isinstance(found, str):
             raise RuntimeError(found)
-        if getattr(found, name)(ctypes.byref(self.args), *more):
+        size = ctypes.sizeof(self.args)
+        code = getattr(found, name)(ctypes.byref(self.args), *(ctypes.c_int64(x) for x in (size, *more)))
+        assert code != 2, f"{name}: {type(self.args).__name__} is not what the C++ side reads"
+        if code:
             raise MemoryError(f"{name}: no memory for the packed keys")
 
 
@@ -341,3 +366,14 @@ def _linear_args(p: Linear) -> _Call:
     a.args.window, a.args.index = a.numbers([0] * groups), a.numbers(range(groups))
     _varlen_args(a, p.varlen)
     return a
+
+
+def peak_gflops(dtype: torch.dtype = torch.float32, threads: int | None = None, seconds: float = 0.2) -> float:
+    """10⁹ operations per second of the kernels' own inner loop on matrices in the first cache, over all threads."""
+    found = library()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    found.attnconvert_peak.restype = ctypes.c_double
+    count = ctypes.c_int64(threads or torch.get_num_threads())
+    rate = found.attnconvert_peak(ctypes.c_int64(dtype == torch.bfloat16), count, ctypes.c_double(seconds))
+    return float(rate) / 1e9

@@ -430,11 +430,17 @@ def linear_forward(p: Linear) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def describe(
-    name: str, function: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int
+    name: str,
+    function: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    options: dict[str, Any] | None = None,
 ) -> Variant:
     """A `Variant` whose arguments are of these types, all others i32 unless they are constants."""
     signature = {x: types.get(x, "i32") for x in function.arg_names if x not in constants}
-    return Variant(name, function, signature, constants, warps, stages)
+    return Variant(name, function, signature, constants, warps, stages, options or {})
 
 
 def modes(arch: str) -> dict[str, Mode]:

@@ -434,10 +434,10 @@ def extra_kernel(
 # --------------------------------------------------------------------------------------------------------- on the host
 
 QUERY = {  # rows, keys of a step, warps, stages of `query_kernel`
-    ("sm_80", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
-    ("sm_89", True): {64: Tile(128, 32, 8, 2), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 8, 1)},
-    ("sm_90", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
-    ("sm_100", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
+    ("sm_80", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 4, 1)},
+    ("sm_89", True): {64: Tile(128, 32, 8, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 4, 1)},
+    ("sm_90", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
+    ("sm_100", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
     ("gfx942", True): {64: Tile(128, 32, 8, 1), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 8, 1)},
     ("sm_80", False): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
     ("sm_89", False): {64: Tile(64, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
@@ -448,8 +448,8 @@ QUERY = {  # rows, keys of a step, warps, stages of `query_kernel`
 KEY = {  # keys, rows of a step, warps, stages of `key_kernel`
     ("sm_80", True): {64: Tile(128, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
     ("sm_89", True): {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
-    ("sm_90", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
-    ("sm_100", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
+    ("sm_90", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
+    ("sm_100", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
     ("gfx942", True): {64: Tile(64, 32, 8, 1), 128: Tile(64, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
     ("sm_80", False): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
     ("sm_89", False): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
@@ -460,9 +460,24 @@ KEY = {  # keys, rows of a step, warps, stages of `key_kernel`
 SPAN = 512  # rows of one program of `extra_kernel`
 
 
-def backward_tile(p: Softmax, table: dict[tuple[str, bool], dict[int, Tile]], arch: str, own: int) -> Tile:
-    """The tile of a kernel whose programs own rows (0) or keys (1), cut to what the blocks of the lists allow."""
-    t = table[arch, p.q.dtype != torch.float32][max(64, padded(p.q.shape[3]))]
+def half_of(p: Softmax) -> bool:
+    """Whether the matrix units multiply 16-bit numbers."""
+    return p.q.dtype != torch.float32
+
+
+def query_tile(arch: str, half: bool, pad: int) -> Tile:
+    """For `query_kernel`."""
+    return QUERY[arch, half][max(64, pad)]
+
+
+def key_tile(arch: str, half: bool, pad: int, full: bool) -> Tile:
+    """For `key_kernel`; `full` problems, which cap, pack, or mask single keys, need registers of their own."""
+    t = KEY[arch, half][max(64, pad)]
+    return Tile(min(t.own, 64), t.walk, t.warps, t.stages) if full else t
+
+
+def fitted(t: Tile, p: Softmax, own: int) -> Tile:
+    """The tile of programs that own rows (0) or keys (1), cut to what the blocks of the lists allow."""
     if isinstance(p.where, Ranges):
         return t
     block = p.where.block
@@ -538,7 +553,12 @@ def _delta(
 
 
 def _queries(p: Softmax, arch: str, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, config: Tile | None) -> None:
-    s, t, lists, extra = sizes_of(p), config or backward_tile(p, QUERY, arch, 0), lists_of(p.where), p.extra
+    s, t, lists, extra = (
+        sizes_of(p),
+        config or fitted(query_tile(arch, half_of(p), padded(p.q.shape[3])), p, 0),
+        lists_of(p.where),
+        p.extra,
+    )
     if not p.q.numel():
         return
     query_kernel[triton.cdiv(s.rows, t.own), s.heads, s.count](
@@ -565,7 +585,9 @@ def _keys(
     dv_branch: Tensor | None,
     config: Tile | None,
 ) -> None:
-    s, t, lists = sizes_of(p), config or backward_tile(p, KEY, arch, 1), lists_of(p.where, True)
+    s, lists = sizes_of(p), lists_of(p.where, True)
+    full = p.softcap > 0 or p.varlen is not None or p.valid is not None or lists.kinds is not None or branch is not None
+    t = config or fitted(key_tile(arch, half_of(p), padded(s.dim), full), p, 1)
     if not p.k.numel():
         return
     key_kernel[triton.cdiv(s.keys, t.own), s.groups, s.count](
@@ -587,7 +609,7 @@ def _extras(p: Softmax, arch: str, do: Tensor, lse: Tensor, delta: Tensor) -> tu
     s, x = sizes_of(p), p.extra
     splits = max(1, triton.cdiv(s.rows, SPAN))
     parts = [torch.empty(splits, *x.k.shape, dtype=torch.float32, device=p.q.device) for _ in range(2)]
-    t = KEY[arch, p.q.dtype != torch.float32][max(64, padded(s.dim))]
+    t = key_tile(arch, half_of(p), padded(s.dim), True)
     if x.k.numel():
         extra_kernel[splits, triton.cdiv(x.at.shape[2], 16), s.groups * s.count](
             p.q, do, lse, delta, p.where.window, x.k, x.v, x.at.contiguous(), *parts, p.scale, p.softcap or 1.0, s.rows,
@@ -608,8 +630,9 @@ def variants(arch: str) -> Iterator[Variant]:
         base: dict[str, Any] = {
             "GROUP": 4, "DIM": dim, "PAD": dim, "PRECISION": "ieee" if kind == "fp32" else "tf32", "BQ": 128, "BK": 128,
         }  # fmt: skip
-        own, key = (table[arch, kind != "fp32"][dim] for table in (QUERY, KEY))
+        own = query_tile(arch, kind != "fp32", dim)
         for ranges, full in itertools.product((True, False), (True, False)):
+            key = key_tile(arch, kind != "fp32", dim, full)
             absent = LISTED if ranges else ("window",)
             if not full:
                 absent += FEATURED
@@ -622,6 +645,7 @@ def variants(arch: str) -> Iterator[Variant]:
             ):
                 constants = {x: y for x, y in (base | differs | tiles).items() if x in function.arg_names}
                 yield describe(f"mixed-backward-{name}-{label}", function, kind, constants, t.warps, t.stages)
+        key = key_tile(arch, kind != "fp32", dim, True)
         constants = base | {"CAUSAL": True, "SOFTCAP": True, "BE": 16, "BM": key.walk}
         constants = {x: y for x, y in constants.items() if x in extra_kernel.arg_names}
         yield describe(f"mixed-backward-extra-{kind}-{dim}", extra_kernel, kind, constants, 4, key.stages)

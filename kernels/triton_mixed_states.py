@@ -260,7 +260,7 @@ def sum_tiles(arch: str, half: bool) -> SumTiles:
 def gather_tiles(arch: str, half: bool, split: bool) -> SumTiles:
     """For `gather_kernel`: `tokens` are source blocks, `features` target blocks, `values` columns."""
     if half:
-        return SumTiles(32 if split else 64, 64, 128, 4, 1 if arch == "gfx942" else 2)
+        return SumTiles(64, 64, 64 if split else 128, 4, 1 if arch == "gfx942" else 2)
     return SumTiles(16, 32, 64, 4, 1)
 
 

@@ -276,6 +276,11 @@ def tiles(arch: str, dim: int, wide: bool, rows: int) -> tuple[int, int, int]:
     return 32, 32, 8
 
 
+def registers(arch: str) -> dict[str, Any]:
+    """All that a thread may have: left alone, ptxas saves them in a kernel of this size, and spills."""
+    return {} if arch.startswith("gfx") else {"maxnreg": 255}
+
+
 def retain(p: Retain) -> tuple[Tensor, tuple[Tensor, ...]]:
     """o (B, H, Q, D) and the new memory; a row of padding gives 0."""
     batch, heads, length, dim = p.q.shape
@@ -308,6 +313,7 @@ def retain(p: Retain) -> tuple[Tensor, tuple[Tensor, ...]]:
             o if p.sink_logits is None else p.sink_logits, p.q.stride(0), p.q.stride(1), p.q.stride(2), *strides, *where,
             p.scale, p.softcap, heads // groups, p.window, p.keep, p.sinks, p.block, BM=bm, BN=bn, BD=bd, BR=32,
             SINK=p.sink_logits is not None, PRECISION="ieee", num_warps=warps, num_stages=1,
+            **registers(architecture()),
         )  # fmt: skip
     bn = 32
     count_tiles = sum(triton.cdiv(n, bn) for n in (p.window, p.keep, p.sinks))
@@ -362,6 +368,6 @@ def variants(arch: str) -> Iterator[Variant]:
             constants: dict[str, Any] = {
                 "BM": bm, "BN": bn, "BD": bd, "BR": 32, "SINK": True, "PRECISION": "ieee",
             }  # fmt: skip
-            yield describe(f"retain walk {name} {bd}, tile {bm}", _walk, kinds, constants, warps, 1)
+            yield describe(f"retain walk {name} {bd}, tile {bm}", _walk, kinds, constants, warps, 1, registers(arch))
         for bd in (32, 64, 128, 256):
             yield describe(f"retain memory {name} {bd}", _remember, kinds, {"BN": 32, "BD": bd}, 4, 3)

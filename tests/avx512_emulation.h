@@ -60,6 +60,8 @@ EMULATE(Emulated512, emulated_max_ps)(Emulated512 a, Emulated512 b) {
 EMULATE(Emulated512, emulated_min_ps)(Emulated512 a, Emulated512 b) {
     return emulated_each([&](int i) { return a.x[i] < b.x[i] ? a.x[i] : b.x[i]; });
 }
+EMULATE(__m256, emulated_castps512_ps256)(Emulated512 a) { return _mm256_loadu_ps(a.x); }
+EMULATE(__m256, emulated_extractf32x8_ps)(Emulated512 a, int half) { return _mm256_loadu_ps(a.x + 8 * half); }
 EMULATE(float, emulated_reduce_add_ps)(Emulated512 a) {
     for (int n = 8; n > 0; n /= 2)
         for (int i = 0; i < n; i++) a.x[i] += a.x[i + n];
@@ -150,6 +152,9 @@ EMULATE(Emulated256bh, emulated_cvtneps_pbh)(Emulated512 a) {
 #define _mm512_fmadd_ps emulated_fmadd_ps
 #define _mm512_max_ps emulated_max_ps
 #define _mm512_min_ps emulated_min_ps
+#define _mm512_castps512_ps256 emulated_castps512_ps256
+#undef _mm512_extractf32x8_ps
+#define _mm512_extractf32x8_ps emulated_extractf32x8_ps
 #define _mm512_reduce_add_ps emulated_reduce_add_ps
 #define _mm512_reduce_max_ps emulated_reduce_max_ps
 #define _mm512_mask_mov_ps emulated_mask_mov_ps

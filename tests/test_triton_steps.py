@@ -1,6 +1,7 @@
 """The decode step, retention and block selection in Triton against their definitions, interpreted or on a GPU."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -111,7 +112,7 @@ def part_of(p, rows, memory):
 
 def in_pieces(p, cuts):
     outputs, memory = [], None
-    for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+    for first, last in itertools.pairwise(cuts):
         o, memory = backend.retain(part_of(p, slice(first, last), memory))
         outputs.append(o)
     return torch.cat(outputs, 2), memory
@@ -130,7 +131,7 @@ def same_memory(got, wanted):
 
 
 def sorted_memory(m):
-    order = m[6].argsort(-1, stable=True)
+    order = torch.argsort(m[6], dim=-1, stable=True)
     wide = order[..., None].expand_as(m[4])
     return [*m[:4], m[4].gather(2, wide), m[5].gather(2, wide), m[6].gather(2, order), m[7].gather(2, order), *m[8:]]
 

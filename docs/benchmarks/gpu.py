@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -161,10 +162,7 @@ class Run:
         out = self.folder / f"{self.processes}.jsonl"
         command = [sys.executable, str(HERE / "gpu.py"), "--work", what, "--out", str(out), *more]
         command += ["--dry"] if self.given.dry else []
-        try:
-            code = subprocess.run(command, env=self.environment, timeout=max(seconds, 1), check=False).returncode
-        except subprocess.TimeoutExpired:
-            code = None
+        code = call(command, seconds, env=self.environment)
         lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
         return code, [json.loads(line) for line in lines if line.endswith("}")]
 
@@ -220,16 +218,25 @@ class Run:
         if importlib.util.find_spec("xdist") is not None:
             command += ["-n", "8"]
         log = self.folder / "pytest.txt"
-        code: int | None = None
         with log.open("w", encoding="utf-8") as file:
-            try:
-                more = {"stdout": file, "stderr": subprocess.STDOUT, "timeout": seconds, "check": False}
-                code = subprocess.run(command, cwd=ROOT, env=self.environment, **more).returncode
-            except subprocess.TimeoutExpired:
-                print(f"  pytest was stopped after {seconds:.0f} s", flush=True)
+            more = {"stdout": file, "stderr": subprocess.STDOUT}
+            code = call(command, seconds, cwd=ROOT, env=self.environment, **more)
         text = log.read_text(encoding="utf-8", errors="replace")
         print("\n".join(text.splitlines()[-15:]), flush=True)
         return pytest_result(text, code, seconds)
+
+
+def call(command: list[str], seconds: float, **more: Any) -> int | None:
+    """The exit status; None where it took too long and was ended, with all that it had started."""
+    process = subprocess.Popen(command, start_new_session=True, **more)
+    try:
+        return process.wait(max(seconds, 1))
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)  # the group of this process, with workers that would disturb what comes
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return None
+        raise
 
 
 def pytest_result(text: str, code: int | None, seconds: float) -> dict[str, Any]:
@@ -239,7 +246,8 @@ def pytest_result(text: str, code: int | None, seconds: float) -> dict[str, Any]
     cut = code is None or "session-timeout" in text or "Session timeout" in text
     if not failed and code not in (0, None) and not cut:
         failed = [f"pytest ended with {code}"]
-    found = {"how": "pytest on the device", "passed": counts.get("passed", 0), "failed": [f[:300] for f in failed]}
+    dots = sum(line.count(".") for line in re.findall(r"^[.sFExX]+", text, re.MULTILINE))  # where no summary came
+    found = {"how": "pytest on the device", "passed": counts.get("passed", dots), "failed": [f[:300] for f in failed]}
     return {**found, "skipped": counts.get("skipped", 0), **({"stopped_after_s": round(seconds)} if cut else {})}
 
 

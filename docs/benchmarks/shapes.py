@@ -136,6 +136,7 @@ class Goal:
 
 
 AVX512, H200 = "avx512bf16", "H200"
+LEVELS = {"avx512bf16": "AVX512-BF16", "avx2": "AVX2", "other": "neither AVX512-BF16 nor AVX2"}
 _CPU = "CPU, 2 cores, bf16, 9/3 heads × 64, 8k"
 GOALS = {
     "window": Goal(
@@ -195,9 +196,8 @@ def judge(row: dict[str, Any], goal: str, machine: str | None) -> None:
     elif aim.needs is None or aim.needs.lower() in (machine or "").lower():
         row["met"] = value >= aim.least
     else:
-        names = {AVX512: "AVX512-BF16", "avx2": "AVX2"}
-        mine = names.get(machine or "", machine or "another kind")
-        row["note"] = joined(row["note"], f"target set for {names.get(aim.needs, aim.needs)}; this machine has {mine}")
+        mine = f"this machine has {LEVELS.get(machine, machine)}" if machine else "its machine is not recorded"
+        row["note"] = joined(row["note"], f"target set for {LEVELS.get(aim.needs, aim.needs)}; {mine}")
 
 
 def joined(*notes: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from shapes import GOALS, Goal, judge
+from shapes import GOALS, LEVELS, Goal, judge
 
 Row = dict[str, Any]
 Found = dict[str, Any]
@@ -115,8 +115,8 @@ def cpu(found: Found) -> list[str]:
         f"One layer of {model.get('model')}'s shape ({model.get('heads')} query heads over {model.get('kv_heads')} KV "
         f"heads of {model.get('dim')}), batch 1, {machine['threads']} threads. {machine['cpu']}, {machine['cores']} "
         f"cores, {_level(machine)}; torch {found['versions']['torch']}; {found['date']}. Medians, all providers of a "
-        "table's column in one process, taking turns. In brackets how many times faster than SDPA without a mask or, for "
-        "causal cases, than causal SDPA, with KV heads repeated beforehand. Matrix products reach (GFLOP/s): "
+        "table's column in one process, taking turns. In brackets how many times faster than SDPA without a mask or, "
+        "for causal cases, than causal SDPA, with KV heads repeated beforehand. Matrix products reach (GFLOP/s): "
         f"{peaks}.",
         "",
     ]
@@ -131,17 +131,14 @@ def _elsewhere(row: Row) -> bool:
 
 
 def _level(machine: dict[str, Any]) -> str:
-    names = {"avx512bf16": "AVX512-BF16", "avx2": "AVX2"}
-    return names.get(machine["instruction_set"], "neither AVX512-BF16 nor AVX2")
+    return LEVELS.get(machine["instruction_set"], machine["instruction_set"])
 
 
 def _by_length(rows: list[Row]) -> list[str]:
     lengths = sorted({r["shape"]["tokens"] for r in rows})
     cells = {(r["case"], r["provider"], r["shape"]["tokens"]): r for r in rows}
     head = (
-        "| case | provider | "
-        + " | ".join(f"{n} tokens" for n in lengths)
-        + " | ms of dense × density at the longest |"
+        "| case | provider | " + " | ".join(f"{n} tokens" for n in lengths) + " | share of dense × density, longest |"
     )
     lines = [head, "|---|---|" + "---:|" * (len(lengths) + 1)]
     notes: list[str] = []

@@ -422,7 +422,8 @@ class Backward {
 }  // namespace
 }  // namespace attn
 
-EXPORT int attnconvert_backward(const attn::Args* a) try {
+EXPORT int attnconvert_backward(const attn::Args* a, int64_t size) try {
+    if (size != sizeof *a) return 2;
     attn::Backward(*a).run();
     return 0;
 } catch (const std::bad_alloc&) {

@@ -26,20 +26,26 @@ struct Piece {
     int64_t scores;          // where those of its keys are kept, (G, PIECE) floats; -1 where nobody asks
 };
 
-// Four rows at once, so that their sums cross lanes together.
-INLINE void dots(const float* q, const float* const* k, float* s, int64_t d) {
-    V a = zero(), b = zero(), c = zero(), e = zero();
-    for (int64_t i = 0; i < d; i += W) {
-        const V x = load(q + i);
-        a = fma(x, load(k[0] + i), a);
-        b = fma(x, load(k[1] + i), b);
-        c = fma(x, load(k[2] + i), c);
-        e = fma(x, load(k[3] + i), e);
+// The products of N heads with four keys at a time, so that a key is loaded once for them and sums cross lanes together.
+template <int N>
+INLINE void dots(const float* q, const float* const* k, int64_t n, float* s, int64_t d) {
+    for (int64_t j = 0; j < n; j += 4) {
+        V acc[N][4];
+        for (int h = 0; h < N; h++)
+            for (int e = 0; e < 4; e++) acc[h][e] = zero();
+        for (int64_t i = 0; i < d; i += W) {
+            V x[N];
+            for (int h = 0; h < N; h++) x[h] = load(q + h * d + i);
+#pragma GCC unroll 4
+            for (int e = 0; e < 4; e++) {
+                const V y = load(k[j + e] + i);
+#pragma GCC unroll 4
+                for (int h = 0; h < N; h++) acc[h][e] = fma(x[h], y, acc[h][e]);
+            }
+        }
+        for (int h = 0; h < N; h++)
+            _mm_storeu_ps(s + h * KEYS + j, sums(acc[h][0], acc[h][1], acc[h][2], acc[h][3]));
     }
-    s[0] = sum(a);
-    s[1] = sum(b);
-    s[2] = sum(c);
-    s[3] = sum(e);
 }
 
 template <int N>
@@ -76,7 +82,7 @@ class Decoder {
     }
 
     void run() {
-        const int64_t room = G * d + 2 * KEYS * d + 2 * KEYS + 64;
+        const int64_t room = G * (d + KEYS) + 2 * KEYS * d + 64;
         Buffer work(room * a.threads), partial(one * std::max<size_t>(1, pieces.size())), scores(kept);
         parallel(a.threads, pieces.size(), [&](int64_t i) {
             piece(pieces[i], partial.get() + i * one, work.get() + room * omp_get_thread_num(), scores.get());
@@ -124,9 +130,13 @@ class Decoder {
             }
             if (n == 0) continue;
             for (int64_t j = n; j < up(n, 4); j++) k[j] = k[0];
+            int64_t done = 0;
+            for (; done + 3 <= G; done += 3) dots<3>(q + done * d, k, n, s + done * KEYS, d);
+            if (done + 2 == G) dots<2>(q + done * d, k, n, s + done * KEYS, d);
+            if (done + 1 == G) dots<1>(q + done * d, k, n, s + done * KEYS, d);
             for (int64_t h = 0; h < G; h++) {
                 float* kept_here = x.scores < 0 ? nullptr : scores + x.scores + h * PIECE;
-                head(q + h * d, k, v, n, s, out + h * (d + 2), kept_here, slots);
+                head(v, n, s + h * KEYS, out + h * (d + 2), kept_here, slots);
             }
         }
     }
@@ -142,9 +152,7 @@ class Decoder {
     }
 
     // The online softmax of one head over n keys; o (d), then the maximum in powers of 2 and the sum.
-    void head(const float* q, const float* const* k, const float* const* v, int64_t n, float* s, float* o,
-              float* kept_here, const int64_t* slots) const {
-        for (int64_t j = 0; j < n; j += 4) dots(q, k + j, s + j, d);
+    void head(const float* const* v, int64_t n, float* s, float* o, float* kept_here, const int64_t* slots) const {
         for (int64_t j = n; j < KEYS; j++) s[j] = LOWEST;
         const float scale = static_cast<float>(a.scale), cap = static_cast<float>(a.softcap);
         V high = set(LOWEST);
@@ -246,7 +254,8 @@ class Decoder {
 }  // namespace
 }  // namespace attn
 
-EXPORT int attnconvert_decode(const attn::DecodeArgs* a) try {
+EXPORT int attnconvert_decode(const attn::DecodeArgs* a, int64_t size) try {
+    if (size != sizeof *a) return 2;
     attn::Decoder(*a).run();
     return 0;
 } catch (const std::bad_alloc&) {

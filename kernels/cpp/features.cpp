@@ -188,7 +188,8 @@ class Features {
 }  // namespace
 }  // namespace attn
 
-EXPORT int attnconvert_features(const attn::FeatureArgs* a, int backward) try {
+EXPORT int attnconvert_features(const attn::FeatureArgs* a, int64_t size, int64_t backward) try {
+    if (size != sizeof *a) return 2;
     attn::Features f(*a);
     if (backward) f.backward();
     else f.forward();

@@ -261,7 +261,8 @@ class Forward {
 }  // namespace
 }  // namespace attn
 
-EXPORT int attnconvert_forward(const attn::Args* a) try {
+EXPORT int attnconvert_forward(const attn::Args* a, int64_t size) try {
+    if (size != sizeof *a) return 2;
 #if defined(ATTNCONVERT_AVX512)
     if (a->softmax && a->q.dtype == attn::BFLOAT16) {
         attn::Forward(*a, 2).run<attn::Pairs>();

@@ -154,7 +154,7 @@ INLINE void tile(int64_t depth, const float* a, int64_t row, int64_t step, const
 // C[0:rows, 0:to-from] (+)= A[0:rows, 0:depth] B[first : first + depth, from:to], rows a multiple of MR, the columns
 // multiples of W, depth in units. A(i, k) is a[i * row + k * step].
 template <class Op>
-void product(int64_t rows, const float* a, int64_t row, int64_t step, const Panels& b, int64_t from, int64_t to,
+NOCLONE void product(int64_t rows, const float* a, int64_t row, int64_t step, const Panels& b, int64_t from, int64_t to,
              int64_t first, int64_t depth, float* c, int64_t ldc, bool accumulate) {
     for (int64_t col = from; col < to;) {
         const int64_t width = b.width(col);

@@ -233,7 +233,8 @@ class Retention {
 }  // namespace
 }  // namespace attn
 
-EXPORT int attnconvert_retain(const attn::RetainArgs* a) try {
+EXPORT int attnconvert_retain(const attn::RetainArgs* a, int64_t size) try {
+    if (size != sizeof *a) return 2;
     attn::Retention(*a).run();
     return 0;
 } catch (const std::bad_alloc&) {

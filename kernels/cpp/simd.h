@@ -8,6 +8,11 @@
 #include <cstring>
 
 #define INLINE inline __attribute__((always_inline))
+#if defined(__clang__)
+#define NOCLONE __attribute__((noinline))
+#else
+#define NOCLONE __attribute__((noinline, noclone))  // specialised to constant sizes it comes out slower
+#endif
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace attn {
@@ -34,6 +39,7 @@ INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }  // b where either is NaN
 INLINE V min(V a, V b) { return _mm512_min_ps(a, b); }
 INLINE float sum(V x) { return _mm512_reduce_add_ps(x); }
+INLINE __m256 fold(V x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
 INLINE float highest(V x) { return _mm512_reduce_max_ps(x); }
 // b in the lanes whose bit is set, a in the others
 INLINE V choose(uint32_t bits, V a, V b) { return _mm512_mask_mov_ps(a, static_cast<__mmask16>(bits), b); }
@@ -65,6 +71,7 @@ INLINE float sum(V x) {
     y = _mm_add_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
 }
+INLINE __m256 fold(V x) { return x; }
 INLINE float highest(V x) {
     __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     y = _mm_max_ps(y, _mm_movehl_ps(y, y));
@@ -108,6 +115,12 @@ INLINE V exp(V x) {
 INLINE V tanh(V x) {
     const V e = exp2(min(set(126.0f), mul(x, set(2.0f * LOG2E))));
     return sub(set(1.0f), div(set(2.0f), add(e, set(1.0f))));
+}
+
+// The sums of four vectors.
+INLINE __m128 sums(V a, V b, V c, V d) {
+    const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(fold(a), fold(b)), _mm256_hadd_ps(fold(c), fold(d)));
+    return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
 }
 
 // Reading and writing 8 numbers of a user's tensor; the tails of rows go one by one, so nothing beyond is touched.
