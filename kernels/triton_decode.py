@@ -5,7 +5,7 @@ table with one line of pointers and strides per KV group says where the cache of
 stand in the same launch. The table is kept on the device as long as caches stay where they are; only the numbers of
 used slots are passed anew. Where caches are long the slices are merged by a second, tiny launch.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .problem import EPS, Decode, Part
 from .triton_common import Variant, architecture
-from .triton_linear import describe
+from .triton_linear_host import describe
 
 NORMAL = tl.constexpr(EPS)
 FIELDS = tl.constexpr(20)
@@ -36,9 +37,9 @@ def _used(part, u0, u1, u2, u3, u4, u5, u6, u7):
 
 @triton.jit(do_not_specialize=["u0", "u1", "u2", "u3", "u4", "u5", "u6", "u7"])
 def _step(
-    q, table, sink, out, sums, q_b, q_h, scale, cap, heads, D, slice_size, u0, u1, u2, u3, u4, u5, u6, u7,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, SINK: tl.constexpr,
-    SPLIT: tl.constexpr, LINEAR: tl.constexpr, PRECISION: tl.constexpr,
+    q, fq, table, sink, out, sums, q_b, q_h, fq_b, fq_h, scale, cap, heads, D, slice_size, u0, u1, u2, u3, u4, u5, u6,
+    u7, GROUP: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
+    SINK: tl.constexpr, SPLIT: tl.constexpr, LINEAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The outputs, or with SPLIT those of a slice beside their sums and shifts, which `_merge` puts together."""
     g = tl.program_id(0) % heads
@@ -89,7 +90,7 @@ def _step(
         state_at = tl.load(line + 12)
         if (state_at != 0) & (piece == 0):
             F = tl.load(line + 11).to(tl.int32)
-            fq = tl.load(line + 9).to(tl.pointer_type(tl.float32)) + b * tl.load(line + 10)
+            fq_base = fq + b * fq_b + tl.load(line + 9) * fq_h
             state = state_at.to(tl.pointer_type(tl.float32)) + b * tl.load(line + 13)
             s_f = tl.load(line + 14)
             s_d = tl.load(line + 15)
@@ -98,7 +99,7 @@ def _step(
             for c in range(0, F, BF):
                 f = c + tl.arange(0, BF)
                 fine = (row < GROUP)[:, None] & (f < F)[None, :]
-                ft = tl.load(fq + row[:, None] * F + f[None, :], mask=fine, other=0.0)
+                ft = tl.load(fq_base + row[:, None] * fq_h + f[None, :], mask=fine, other=0.0).to(tl.float32)
                 place = state + f[:, None] * s_f
                 st = tl.load(place + d[None, :] * s_d, mask=(f < F)[:, None] & (d < D)[None, :], other=0.0)
                 zt = tl.load(state + f * s_f + D * s_d, mask=f < F, other=0.0)
@@ -115,7 +116,7 @@ def _step(
             total = total * keep + grow * z + tl.where(plain, NORMAL, 0.0)
             acc = acc * keep[:, None] + grow[:, None] * tail
             top = new
-    if SINK:
+    if SINK:  # noqa: SIM102 – known when it is compiled
         if (piece == 0) & (not plain):
             w = tl.load(sink + h, mask=row < GROUP, other=float("-inf"))
             new = tl.maximum(top, w)
@@ -173,20 +174,29 @@ def _table(lines: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     return _tables[key]
 
 
-def _lines(part: Part, number: int, group: int, fq: Tensor | None, state: Tensor | None) -> Iterator[tuple[int, ...]]:
-    """One line per KV group of a part; its index is that of FIELDS in `_step`."""
+def _lines(part: Part, number: int, group: int, head: int) -> Iterator[tuple[int, ...]]:
+    """One line per KV group of a part, as `_step` reads it; `head` is where its features begin among all."""
     size = part.k.element_size()
     for x in range(part.k.shape[1]):
         line = [part.k.data_ptr() + x * part.k.stride(1) * size, part.k.stride(0), part.k.stride(2)]
         line += [part.v.data_ptr() + x * part.v.stride(1) * size, part.v.stride(0), part.v.stride(2)]
         line += [0, 0, 0] if part.mask is None else [part.mask.data_ptr(), part.mask.stride(0), part.mask.stride(1)]
-        if fq is None or state is None:
+        if part.fq is None or part.state is None:
             line += [0] * 7
         else:
-            line += [fq.data_ptr() + 4 * x * group * fq.shape[2], fq.stride(0), fq.shape[2]]
-            line += [state.data_ptr() + 4 * x * state.stride(1), state.stride(0), state.stride(2), state.stride(3)]
+            state = part.state
+            line += [head + x * group, 0, part.fq.shape[2], state.data_ptr() + 4 * x * state.stride(1)]
+            line += [state.stride(0), state.stride(2), state.stride(3)]
         line += [number, 0 if part.weight is None else part.weight.data_ptr() + 4 * x * group, 0, 0]
         yield tuple(line)
+
+
+def _features(parts: list[Tensor]) -> Tensor | None:
+    """(B, heads with a linear branch, F): they change with every step, so they are an argument and not in the table."""
+    if len(parts) <= 1:
+        return parts[0] if parts else None
+    most = max(x.shape[2] for x in parts)
+    return torch.cat([functional.pad(x, (0, most - x.shape[2])) for x in parts], 1)
 
 
 def tiles(arch: str, dim: int, wide: bool) -> tuple[int, int, int]:
@@ -199,7 +209,7 @@ def tiles(arch: str, dim: int, wide: bool) -> tuple[int, int, int]:
 
 def slice_size(longest: int) -> int:
     """Keys of one program: a matter of the cache alone, so that a result never depends on the batch."""
-    return min(4096, max(512, triton.next_power_of_2(longest) // 64))
+    return int(min(4096, max(512, triton.next_power_of_2(longest) // 64)))
 
 
 def decode(p: Decode) -> Tensor:
@@ -207,14 +217,13 @@ def decode(p: Decode) -> Tensor:
     batch, heads, _, dim = p.q.shape
     groups = sum(part.k.shape[1] for part in p.parts)
     group = heads // groups
-    held: list[Tensor] = []  # what the table points to must outlive the launch
     lines: list[tuple[int, ...]] = []
+    branches: list[Tensor] = []
     for number, part in enumerate(p.parts):
-        fq = None if part.fq is None else part.fq.float().contiguous()
-        state = None if part.state is None else part.state.float()
-        weight = None if part.weight is None else part.weight.float().contiguous()
-        held += [x for x in (fq, state, weight) if x is not None]
-        lines += _lines(Part(**{**vars(part), "weight": weight}), number, group, fq, state)
+        lines += _lines(part, number, group, sum(x.shape[1] for x in branches))
+        branches += [] if part.fq is None else [part.fq]
+    fq = _features(branches)
+    given = p.q if fq is None else fq
     used = [part.used for part in p.parts] + [0] * (PARTS - len(p.parts))
     size = slice_size(max(used))
     pieces = max(1, triton.cdiv(max(used), size))
@@ -227,13 +236,12 @@ def decode(p: Decode) -> Tensor:
     if pieces > 1:
         partial = torch.empty(batch, heads, pieces, dim, dtype=torch.float32, device=p.q.device)
         sums = torch.empty(batch, heads, pieces, 2, dtype=torch.float32, device=p.q.device)
-    linear = any(part.fq is not None for part in p.parts)
     bd = max(32, triton.next_power_of_2(dim))
     _step[(batch * groups, pieces)](
-        p.q, _table(tuple(lines), p.q.device), out if p.sink_logits is None else p.sink_logits, partial, sums,
-        p.q.stride(0), p.q.stride(1), p.scale, p.softcap, groups, dim, size, *used, GROUP=group,
-        ROWS=max(16, triton.next_power_of_2(group)), BN=bn, BD=bd, BF=bf, SINK=p.sink_logits is not None,
-        SPLIT=pieces > 1, LINEAR=linear, PRECISION="ieee", num_warps=warps, num_stages=2,
+        p.q, given, _table(tuple(lines), p.q.device), out if p.sink_logits is None else p.sink_logits, partial, sums,
+        p.q.stride(0), p.q.stride(1), given.stride(0), given.stride(1), p.scale, p.softcap, groups, dim, size, *used,
+        GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), BN=bn, BD=bd, BF=bf, SINK=p.sink_logits is not None,
+        SPLIT=pieces > 1, LINEAR=fq is not None, PRECISION="ieee", num_warps=warps, num_stages=2,
     )  # fmt: skip
     if pieces > 1:
         _merge[(batch * heads,)](partial, sums, out, pieces, dim, BD=bd, BP=16, num_warps=4)
@@ -247,6 +255,12 @@ def refuses(p: Decode) -> str | None:
     for n, part in enumerate(p.parts):
         if part.k.dtype != p.q.dtype or part.v.dtype != p.q.dtype:
             return f"parts[{n}] has k of {part.k.dtype} and v of {part.v.dtype}, q is {p.q.dtype}"
+        for name in ("state", "weight"):
+            x = getattr(part, name)
+            if x is not None and x.dtype != torch.float32:
+                return f"parts[{n}].{name} is {x.dtype}, expected float32"
+        if part.weight is not None and part.weight.stride(0) != 1:
+            return f"parts[{n}].weight has stride {part.weight.stride(0)}, expected 1"
         if part.fq is not None and part.weight is None and part.used:
             return f"parts[{n}] has a linear branch without a weight beside {part.used} used slots"
     return None
@@ -262,7 +276,13 @@ def variants(arch: str) -> Iterator[Variant]:
                 "PRECISION": "ieee",
             }  # fmt: skip
             partial = "*fp32" if split else f"*{name}"
-            types = {"q": f"*{name}", "table": "*i64", "sink": "*fp32", "out": partial, "sums": "*fp32"}
+            types = {
+                **dict.fromkeys(("q", "fq"), f"*{name}"),
+                "table": "*i64",
+                "sink": "*fp32",
+                "out": partial,
+                "sums": "*fp32",
+            }
             types |= {"scale": "fp32", "cap": "fp32"}
             label = f"decode {name} {bd}{' split' * split}"
             yield describe(label, _step, types, constants, warps, 2)

@@ -3,7 +3,7 @@
 `hedgehog` multiplies a tile of rows by the head's W, takes both softmaxes and writes them once; fp32 weights beside
 16-bit rows are multiplied as two 16-bit parts. `poly` is fused forward; its backward is a few matrix products.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_common import Variant, architecture
-from .triton_linear import describe
+from .triton_linear_host import describe
 
 FLOOR = tl.constexpr(1e-12)  # of a Hedgehog feature
 HIDDEN = 128  # units of the hidden layer of a poly map
@@ -320,8 +320,8 @@ def variants(arch: str) -> Iterator[Variant]:
                 bm, bk, warps = poly_tiles(arch, bd, name == "fp32")
                 more = {"BM": bm, "BK": bk, "HIDDEN": bd, "BN": 16}
                 yield describe(f"features poly {name} {bd}", _poly, kinds, {**constants, **more}, warps, 1)
-            for kind, number in KINDS.items() if name == "bf16" else ():
+            for kind, number in KINDS.items() if name != "fp16" else ():
                 for backward in (False, True):
                     constants_rows = {"BM": 16 if bd > 64 else 32, "BD": bd, "KIND": number, "BACKWARD": backward}
-                    label = f"features {kind} {bd}{' backward' * backward}"
+                    label = f"features {kind} {name} {bd}{' backward' * backward}"
                     yield describe(label, _rows, kinds, constants_rows, 4, 3)

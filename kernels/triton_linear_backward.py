@@ -10,7 +10,7 @@ over the rows that read j,
 S and R come from `_sums` and `_scan` of the forward, R from the end to the start; the pairs within a chunk are added.
 `a_i` multiplies dφ(q_i) last, and all is bf16 or fp32: 1 / den of a long sequence is too small for fp16.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -25,23 +25,8 @@ from torch import Tensor
 
 from .problem import EPS, Linear
 from .triton_common import Variant, architecture
-from .triton_linear import (
-    Mode,
-    Tiles,
-    _dot,
-    _dot_state,
-    _place,
-    _tile,
-    chunk_tiles,
-    describe,
-    mode,
-    modes,
-    plan,
-    reduce_segments,
-    reduce_tiles,
-    scan_segments,
-    types,
-)
+from .triton_linear import _dot, _dot_state, _place, _tile, reduce_segments, scan_segments
+from .triton_linear_host import Mode, Tiles, chunk_tiles, describe, mode, modes, plan, reduce_tiles, types
 
 NORMAL = tl.constexpr(EPS)
 
@@ -268,7 +253,7 @@ def _row_terms(p: Linear, o: Tensor, den: Tensor, do: Tensor) -> Tensor:
     if rows and out.numel():
         _rows[(batch * heads * triton.cdiv(rows, 32),)](
             do, o, den.contiguous(), out[0], out[1], *_strides(do, o), heads, rows, dim, ROWS=32,
-            BD=max(16, triton.next_power_of_2(dim)), num_warps=4,
+            BD=max(64, triton.next_power_of_2(dim)), num_warps=4,
         )  # fmt: skip
     return out
 
@@ -305,7 +290,7 @@ def variants(arch: str) -> Iterator[Variant]:
     both = (False, True)
     for name, m in modes(arch).items():
         t = backward_tiles(arch, m)
-        for dim in (64, 256):
+        for dim in (64, 128, 256):
             constants: dict[str, Any] = {"ROWS": 32, "BD": dim}
             yield describe(f"linear backward rows {name} {dim}", _rows, types(name), constants, 4, 3)
         for function, causal, packed in ((f, x, y) for f in (_queries, _keys, _values) for x in both for y in both):

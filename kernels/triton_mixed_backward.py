@@ -438,7 +438,7 @@ QUERY = {  # rows, keys of a step, warps, stages of `query_kernel`
     ("sm_89", True): {64: Tile(128, 32, 8, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 4, 1)},
     ("sm_90", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
     ("sm_100", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-    ("gfx942", True): {64: Tile(128, 32, 8, 1), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 8, 1)},
+    ("gfx942", True): {64: Tile(128, 32, 8, 1), 128: Tile(64, 32, 4, 1), 256: Tile(64, 16, 8, 1)},
     ("sm_80", False): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
     ("sm_89", False): {64: Tile(64, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
     ("sm_90", False): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
@@ -450,7 +450,7 @@ KEY = {  # keys, rows of a step, warps, stages of `key_kernel`
     ("sm_89", True): {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
     ("sm_90", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
     ("sm_100", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
-    ("gfx942", True): {64: Tile(64, 32, 8, 1), 128: Tile(64, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
+    ("gfx942", True): {64: Tile(64, 32, 8, 1), 128: Tile(64, 16, 8, 1), 256: Tile(32, 16, 8, 1)},
     ("sm_80", False): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
     ("sm_89", False): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
     ("sm_90", False): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
@@ -480,8 +480,14 @@ def fitted(t: Tile, p: Softmax, own: int) -> Tile:
     """The tile of programs that own rows (0) or keys (1), cut to what the blocks of the lists allow."""
     if isinstance(p.where, Ranges):
         return t
-    block = p.where.block
-    return Tile(min(t.own, divisor(block[own], 1024)), min(t.walk, divisor(block[1 - own], 1024)), t.warps, t.stages)
+    tokens, steps = (divisor(p.where.block[x], 1024) for x in (own, 1 - own))
+    t = t if t.own <= tokens else smaller(t, tokens)
+    return Tile(t.own, min(t.walk, steps), t.warps, t.stages)
+
+
+def smaller(t: Tile, own: int) -> Tile:
+    """For blocks of fewer tokens than the tile has: 16, 32 or 64 of its own."""
+    return Tile(own, min(t.walk, 32), 4, t.stages)
 
 
 def mixed_backward(
@@ -645,6 +651,8 @@ def variants(arch: str) -> Iterator[Variant]:
             ):
                 constants = {x: y for x, y in (base | differs | tiles).items() if x in function.arg_names}
                 yield describe(f"mixed-backward-{name}-{label}", function, kind, constants, t.warps, t.stages)
+            if full and not ranges:
+                yield from _small(arch, kind, dim, base | differs, label)
         key = key_tile(arch, kind != "fp32", dim, True)
         constants = base | {"CAUSAL": True, "SOFTCAP": True, "BE": 16, "BM": key.walk}
         constants = {x: y for x, y in constants.items() if x in extra_kernel.arg_names}
@@ -654,3 +662,19 @@ def variants(arch: str) -> Iterator[Variant]:
             absent = (*absent, "group_map", "weight", "gain", "offset") if mode == 0 else absent
             constants = {"GROUP": 4, "DIM": dim, "PAD": dim, "BRANCH": mode, "BM": 64} | dict.fromkeys(absent)
             yield describe(f"mixed-backward-delta-{kind}-{dim}-{mode}", delta_kernel, kind, constants, 4, 3)
+
+
+def _small(arch: str, kind: str, dim: int, given: dict[str, Any], label: str) -> Iterator[Variant]:
+    """Tiles of lists of small blocks."""
+    for own in (16, 32, 64):
+        for name, function, t in (
+            ("query", query_kernel, query_tile(arch, kind != "fp32", dim)),
+            ("key", key_kernel, key_tile(arch, kind != "fp32", dim, True)),
+        ):
+            if own < t.own:
+                t, more = smaller(t, own), {"BQ": 64, "BK": 64, "BE": 16}
+                more |= {"BM": own, "BN": t.walk} if name == "query" else {"BN": own, "BM": t.walk, "STAGES": t.stages}
+                constants = {x: y for x, y in (given | more).items() if x in function.arg_names}
+                yield describe(
+                    f"mixed-backward-{name}-{label}-{own}", function, kind, constants, t.warps, t.stages
+                )  # fmt: skip

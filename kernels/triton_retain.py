@@ -7,7 +7,7 @@ and the new tokens: [kept | ring | sinks | new]. A second kernel then writes the
 
 A score is a sum over whole blocks of rows in fp32; cutting the same tokens into other calls changes its last bits only.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .problem import Retain
 from .triton_common import Variant, architecture
-from .triton_linear import describe
+from .triton_linear_host import describe
 
 
 @triton.jit
@@ -211,9 +211,9 @@ def _walk(
 
 @triton.jit
 def _remember(
-    k, v, score, rows_of, seen_of, count_of, list_at, list_index, list_score, ring_k, ring_v, ring_at, ring_score, kept_k,
-    kept_v, kept_at, kept_score, sink_k, sink_v, k_b, k_h, k_r, v_b, v_h, v_r, groups, Q, D, pool, ring, sinks_at, fresh,
-    tiles, window, held, sinks, block, BN: tl.constexpr, BD: tl.constexpr,
+    k, v, score, rows_of, seen_of, count_of, list_at, list_index, list_score, ring_k, ring_v, ring_at, ring_score,
+    kept_k, kept_v, kept_at, kept_score, sink_k, sink_v, k_b, k_h, k_r, v_b, v_h, v_r, groups, Q, D, pool, ring,
+    sinks_at, fresh, tiles, window, held, sinks, block, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The new memory: BN slots of ring, kept tokens or sinks."""
     tile = tl.program_id(0) % tiles
@@ -271,6 +271,8 @@ def _copy(k, v, k_r, v_r, index, here, to_k, to_v, slot, mine, d, D):
 
 def tiles(arch: str, dim: int, wide: bool, rows: int) -> tuple[int, int, int]:
     """Rows and keys of a tile, and warps; `rows` are the (row, head) pairs of a block."""
+    if arch.startswith("gfx") and dim > 128:
+        return 16, 16, 4
     if wide or rows <= 16:
         return 16, 32, 8
     return 32, 32, 8
@@ -310,8 +312,8 @@ def retain(p: Retain) -> tuple[Tensor, tuple[Tensor, ...]]:
         bm, bn, warps = tiles(architecture(), dim, wide, min(length, p.block) * (heads // groups))
         _walk[(batch * groups,)](
             p.q, k, v, o, lse, score, rows, seen, count, at, index, scores,
-            o if p.sink_logits is None else p.sink_logits, p.q.stride(0), p.q.stride(1), p.q.stride(2), *strides, *where,
-            p.scale, p.softcap, heads // groups, p.window, p.keep, p.sinks, p.block, BM=bm, BN=bn, BD=bd, BR=32,
+            o if p.sink_logits is None else p.sink_logits, p.q.stride(0), p.q.stride(1), p.q.stride(2), *strides,
+            *where, p.scale, p.softcap, heads // groups, p.window, p.keep, p.sinks, p.block, BM=bm, BN=bn, BD=bd, BR=32,
             SINK=p.sink_logits is not None, PRECISION="ieee", num_warps=warps, num_stages=1,
             **registers(architecture()),
         )  # fmt: skip
@@ -363,8 +365,8 @@ def variants(arch: str) -> Iterator[Variant]:
         kinds |= dict.fromkeys(("ring_k", "ring_v", "kept_k", "kept_v", "sink_k", "sink_v"), f"*{name}")
         for bd, rows in ((x, r) for x in (32, 64, 128, 256) for r in (1, 64)):
             bm, bn, warps = tiles(arch, bd, name == "fp32", rows)
-            if rows == 64 and name == "fp32":
-                continue  # the same tile
+            if rows == 64 and tiles(arch, bd, name == "fp32", 1) == (bm, bn, warps):
+                continue
             constants: dict[str, Any] = {
                 "BM": bm, "BN": bn, "BD": bd, "BR": 32, "SINK": True, "PRECISION": "ieee",
             }  # fmt: skip

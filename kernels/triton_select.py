@@ -4,7 +4,7 @@ One kernel averages the blocks. A second holds a row of scores at once and finds
 by halving the range of its bits, so nothing is sorted; ties go to the smaller block. A third writes the lists, once by
 query block and once by key block.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .problem import Blocks, Pooled
 from .triton_common import Variant
-from .triton_linear import describe
+from .triton_linear_host import describe
 
 MOST = 8192  # key blocks of a row
 
@@ -156,8 +156,8 @@ def _pooled(x: Tensor, size: int, groups: int) -> Tensor:
     out = torch.empty(batch, groups, blocks, dim, dtype=torch.float32, device=x.device)
     if out.numel():
         _means[(batch * groups * blocks,)](
-            x, out, x.stride(0), x.stride(1), x.stride(2), groups, rows, blocks, size, dim, GROUP=heads // groups, BM=32,
-            BD=max(16, triton.next_power_of_2(dim)), num_warps=4,
+            x, out, x.stride(0), x.stride(1), x.stride(2), groups, rows, blocks, size, dim, GROUP=heads // groups,
+            BM=32, BD=max(16, triton.next_power_of_2(dim)), num_warps=4,
         )  # fmt: skip
     return out
 

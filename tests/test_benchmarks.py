@@ -175,7 +175,7 @@ def test_what_fails_keeps_its_row_and_costs_no_other():
 
 
 def test_what_takes_too_long_is_timed_once(monkeypatch):
-    monkeypatch.setattr(measure, "SLOW_S", 1.0)
+    monkeypatch.setattr(measure, "ONCE_S", 1.0)
     calls = []
     rows = measured(group_of(calls, slow={"act": lambda: time.sleep(1.1) or torch.ones(4)}, quick={}))
     assert calls.count("slow") == 1
@@ -183,6 +183,13 @@ def test_what_takes_too_long_is_timed_once(monkeypatch):
     assert rows["slow"]["note"] == "timed once"
     assert 1100 <= rows["slow"]["median_ms"] < 5000
     assert rows["quick"]["samples"] == 4
+
+
+def test_what_only_the_first_call_does_is_not_timed():
+    naps = iter([0.3])
+    rows = measured(group_of([], lazy={"act": lambda: time.sleep(next(naps, 0)) or torch.ones(4)}))
+    assert rows["lazy"]["p80_ms"] < 100
+    assert rows["lazy"]["samples"] == 4
 
 
 def test_what_fails_later_keeps_no_half_of_a_result():
@@ -338,6 +345,19 @@ def test_the_shapes_of_the_gpu_are_those_of_the_models():
     sizes = [shapes.FLUX_1024, shapes.FLUX_4096, shapes.WAN_480, shapes.WAN_720]
     assert [s.tokens for s in sizes] == [4608, 66048, 32760, 75600]
     assert {(s.heads, s.dim) for s in sizes} == {(24, 128), (12, 128)}
+
+
+def test_the_targets_of_video_and_images_are_measured_at_their_full_size():
+    import gpu_cases
+
+    place = gpu_cases.Place(device="cpu")
+    made = [group for name in ("flux", "wan") for group in gpu_cases.MAKERS[name](place)]  # nothing runs yet
+    found = [(e.goal, g.shape.model, round(e.density or 0, 2)) for g in made for e in g.entries if e.goal]
+    sparse = [("h200-sparse", model, share) for model in ("FLUX 4096²", "Wan-1.3B 720p") for share in (0.1, 0.25, 0.5)]
+    assert sorted(found) == sorted(
+        [*sparse, ("h200-window", "FLUX 4096²", 0.1), ("h200-sla", "Wan-1.3B 720p", 0.0)],
+    )
+    assert {g.phase for g in made} == {measure.FORWARD, measure.BOTH}
 
 
 def test_a_gpu_run_from_its_command_writes_a_file_and_a_table(tmp_path):

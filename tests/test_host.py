@@ -46,8 +46,8 @@ def test_all_heads_full_is_the_untouched_model(name):
     want = [model(ids, use_cache=False).logits, model(ids, attention_mask=mask, use_cache=False).logits]
     conversion = Conversion(model, {s: [Full()] * s.kv_heads for s in sites})
     got = [model(ids, use_cache=False).logits, model(ids, attention_mask=mask, use_cache=False).logits]
-    assert (got[0] - want[0]).abs().max() <= 1e-6
-    assert (got[1] - want[1])[mask.bool()].abs().max() <= 1e-6
+    assert (got[0] - want[0]).abs().max() <= 3e-6
+    assert (got[1] - want[1])[mask.bool()].abs().max() <= 3e-6
     conversion.remove()
     assert torch.equal(model(ids, use_cache=False).logits, want[0])
     assert not any(NAME in name for name in model.state_dict())

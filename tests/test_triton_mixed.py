@@ -70,9 +70,9 @@ def test_windows_differ_by_group_in_one_launch(seed, device, rows, heads, groups
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_as_good_as_plain_math(seed, device, dtype):
     rng = cases.generator(seed)
-    options = {"batch": 1, "heads": 2, "groups": 2, "rows": 65, "dim": 40, "causal": True, "dtype": dtype}
-    p = cases.softmax_case(rng, where=(7, 33), device=device, **options)
-    check(rng, p, cases.branch_case(rng, p, index=(0, 1)))
+    options = {"batch": 1, "heads": 2, "groups": 2, "rows": 45, "dim": 40, "causal": True, "dtype": dtype}
+    p = cases.softmax_case(rng, where=(-1, 7), device=device, **options)
+    check(rng, p, cases.branch_case(rng, p, index=(-1, 0)))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -108,7 +108,7 @@ def test_lists_of_blocks(seed, device, causal, partial, block):
     rng = cases.generator(seed)
     options = {"batch": 2, "heads": 2, "groups": 1, "rows": 70, "keys": 99, "dim": 16, "causal": causal}
     p = cases.softmax_case(rng, where=(1,), valid=partial, device=device, **options)
-    tile = Tile(16, 32, 4, 1)
+    tile = Tile(16, 16, 4, 1)
     check(rng, listed(rng, p, block=block, partial=partial), config=tile if block != (32, 32) else SMALL)
 
 
@@ -116,8 +116,8 @@ def test_lists_of_blocks(seed, device, causal, partial, block):
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_branch_over_the_blocks_that_are_not_listed(seed, device, causal, shared):
     rng = cases.generator(seed)
-    options = {"batch": 1, "heads": 4, "groups": 2, "rows": 70, "keys": 99, "dim": 16, "causal": causal}
-    p = listed(rng, cases.softmax_case(rng, where=(1, 1), device=device, **options), partial=causal)
+    options = {"batch": 1, "heads": 2, "groups": 1, "rows": 50, "keys": 70, "dim": 16, "causal": causal}
+    p = listed(rng, cases.softmax_case(rng, where=(1,), device=device, **options), partial=causal)
     check(rng, p, cases.branch_case(rng, p, shared=shared, features=24))
 
 
@@ -132,20 +132,20 @@ def test_a_list_of_all_blocks_leaves_exactly_nothing_to_the_branch(seed, device)
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize(("rows", "keys", "features"), [(65, 65, 24), (20, 99, 80)])
+@pytest.mark.parametrize(("rows", "keys", "features"), [(50, 50, 24), (20, 70, 40)])
 def test_a_branch_over_what_has_left_the_window(seed, device, rows, keys, features, shared):
     rng = cases.generator(seed)
-    options = {"batch": 1, "heads": 6, "groups": 3, "rows": rows, "keys": keys, "dim": 16, "valid": True, "extra": 3}
-    p = cases.softmax_case(rng, causal=True, where=(0, 5, 40), device=device, **options)
-    check(rng, p, cases.branch_case(rng, p, shared=shared, state=shared, features=features))
+    options = {"batch": 1, "heads": 4, "groups": 2, "rows": rows, "keys": keys, "dim": 16, "valid": True, "extra": 3}
+    p = cases.softmax_case(rng, causal=True, where=(0, 40) if shared else (5, 0), device=device, **options)
+    check(rng, p, cases.branch_case(rng, p, shared=shared, state=shared, features=features, index=(1, 0)))
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_branch_on_both_sides_of_the_window(seed, device, shared):
     rng = cases.generator(seed)
-    options = {"batch": 1, "heads": 3, "groups": 3, "rows": 50, "keys": 75, "dim": 16, "causal": False}
-    p = cases.softmax_case(rng, where=(0, 5, -1), device=device, **options)
-    check(rng, p, cases.branch_case(rng, p, shared=shared))
+    options = {"batch": 1, "heads": 2, "groups": 2, "rows": 40, "keys": 60, "dim": 16, "causal": False}
+    p = cases.softmax_case(rng, where=(0, 5), device=device, **options)
+    check(rng, p, cases.branch_case(rng, p, shared=shared, index=(1, 0)))
 
 
 @pytest.mark.parametrize("shared", [None, True, False])
@@ -184,16 +184,19 @@ def test_logits_of_any_size_stay_finite(seed, device):
     rng = cases.generator(seed)
     options = {"batch": 1, "heads": 2, "groups": 1, "rows": 65, "dim": 16, "causal": True, "spread": 1e4}
     p = cases.softmax_case(rng, where=(9,), device=device, **options)
+    check(rng, p, backward=False)
     branch = cases.branch_case(rng, p, index=(0,))
-    out = check(rng, p, branch, backward=False)
+    out = mixed_forward(p, branch, config=SMALL, chunk=32)
+    assert out.o.isfinite().all()
+    torch.testing.assert_close(out.o[:, :, 0], p.v[:, :, 0].expand(-1, 2, -1))  # its only key, whatever the weight is
     found = mixed_backward(p, branch, out, torch.ones_like(out.o), None, config=SMALL, chunk=32)
     assert all(x.isfinite().all() for x in (found.q, found.k, found.v, found.fq, found.fk))
 
 
-@pytest.mark.parametrize("rows", [1, 20, 70])
+@pytest.mark.parametrize("rows", [1, 40])
 def test_the_shipped_tiles_give_the_same(seed, device, rows):
     rng = cases.generator(seed)
-    p = cases.softmax_case(rng, batch=1, heads=2, groups=1, rows=rows, keys=150, dim=40, causal=True, where=(33,))
+    p = cases.softmax_case(rng, batch=1, heads=2, groups=1, rows=rows, keys=80, dim=40, causal=True, where=(33,))
     p = cases.on(p, device)
     check(rng, p, cases.branch_case(rng, p, index=(0,)), config=None, chunk=None)
     check(rng, listed(rng, p, block=(64, 64)), config=None)

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -257,3 +259,10 @@ def test_what_cannot_run_is_refused_with_a_reason(seed, device):
         "features", (x, "poly", cases.feature_weights(cases.generator(0), "poly", 1, 16, hidden=300))
     )
     assert backend.refuses("features", (x, "relu", ())) is None
+
+
+def test_the_back_end_imports_without_triton_and_says_what_is_missing():
+    code = "import sys; sys.modules['triton'] = None; from attnconvert.kernels import backend_triton as b; "
+    code += "import importlib.util as u; u.find_spec = lambda *a: None; print(b.unavailable())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "triton is not installed" in done.stdout, done.stderr

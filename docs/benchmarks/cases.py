@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from functools import cached_property
@@ -88,6 +89,13 @@ def unavailable(name: str) -> str | None:
     return None if reason is None else f"back end {name}: {reason.splitlines()[0]}"
 
 
+def warm(backend: str, device: str) -> None:
+    """One tiny call each way: the first in a process imports for seconds, which is no case's time."""
+    x = Inputs(Shape(model="", tokens=32, heads=2, kv_heads=1, dim=16), torch.float32, device, grad=True)
+    with contextlib.suppress(Exception):  # what fails here fails again where it is measured, and is said there
+        window(x, 8, True, backend)()
+
+
 # ----------------------------------------------------------------------------------------------------------------- SDPA
 
 
@@ -129,11 +137,13 @@ def attention(
 ) -> Run:
     """Mixed attention without a branch. sinks: the first tokens as further keys. select: blocks to choose each time."""
 
+    at = _positions(x, sinks)
+
     def run() -> Tensor:
-        extra, lists = first(x, sinks), where
+        lists = where
         if select is not None:
             lists = ops.select_blocks(x.q, x.k, keep=select, causal=causal, backend=backend)
-        return ops.mixed_attention(x.q, x.k, x.v, lists, causal=causal, extra=extra, backend=backend).o
+        return ops.mixed_attention(x.q, x.k, x.v, lists, causal=causal, extra=first(x, at), backend=backend).o
 
     return x.gradients(run)
 
@@ -143,12 +153,15 @@ def window(x: Inputs, size: int, causal: bool, backend: str, sinks: int = 0) -> 
     return attention(x, ops.ranges((size,) * x.shape.kv_heads, x.device), causal, backend, sinks)
 
 
-def first(x: Inputs, count: int) -> Extra | None:
-    """The first tokens as sinks."""
-    if not count:
-        return None
+def _positions(x: Inputs, count: int) -> Tensor | None:
+    """Of the first tokens, (1, Hk, count)."""
     at = torch.arange(count, dtype=torch.int32, device=x.device).expand(1, x.shape.kv_heads, count)
-    return Extra(k=x.k[:, :, :count], v=x.v[:, :, :count], at=at)
+    return at.contiguous() if count else None
+
+
+def first(x: Inputs, at: Tensor | None) -> Extra | None:
+    """The first tokens as sinks."""
+    return None if at is None else Extra(k=x.k[:, :, : at.shape[2]], v=x.v[:, :, : at.shape[2]], at=at)
 
 
 def linear(x: Inputs, causal: bool, backend: str, included: bool = True) -> Run:
@@ -171,6 +184,7 @@ def hybrid(x: Inputs, size: int, sinks: int, backend: str) -> Run:
     index = tuple(range(x.shape.kv_heads))
     weight = torch.zeros(x.shape.heads, device=x.device)
     where = ops.ranges((size,) * x.shape.kv_heads, x.device)
+    at = _positions(x, sinks)
     counts = torch.arange(x.shape.tokens, device=x.device)[:, None] >= sinks  # a sink is not in the branch as well
 
     def run() -> Tensor:
@@ -179,7 +193,7 @@ def hybrid(x: Inputs, size: int, sinks: int, backend: str) -> Run:
         )
         branch = ops.branch(fq, fk * counts, index=index, shared=True, weight=weight)
         return ops.mixed_attention(
-            x.q, x.k, x.v, where, causal=True, extra=first(x, sinks), branch=branch, backend=backend
+            x.q, x.k, x.v, where, causal=True, extra=first(x, at), branch=branch, backend=backend
         ).o
 
     return x.gradients(run)

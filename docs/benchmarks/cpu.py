@@ -27,6 +27,7 @@ from cases import (
     retention,
     sdpa,
     unavailable,
+    warm,
     window,
 )
 from measure import BOTH, DECODE, DTYPES, FORWARD, Group, Wall, figure, measure, skipped
@@ -283,6 +284,7 @@ def measured(threads: int, minutes: float, quick: bool) -> dict[str, Any]:
     for backend in ("cpp", "torch"):
         if reason := unavailable(backend):  # builds the C++ kernels, outside of all timing
             print(f"not measured: {reason}", file=sys.stderr)
+        warm(backend, "cpu")
     before = gemm_peaks(quick)
     here = machine(threads)
     peaks = Peaks(flops=1e9 * max(before.values()))

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def work(given: argparse.Namespace) -> int:
     if given.work == "machine":
         say(machine=_machine(given.dry))
         return 0
+    from cases import warm
     from gpu_cases import MAKERS, Place
 
     place = Place(device="cpu", backend="torch", dry=True) if given.dry else Place()
@@ -60,6 +62,7 @@ def work(given: argparse.Namespace) -> int:
         found = gpu_check.run(place.backend, place.device, given.dry)
         say(check=found)
         return 1 if found["failed"] else 0
+    warm(place.backend, place.device)
     return _section(MAKERS[given.work](place), given, say)
 
 
@@ -213,7 +216,7 @@ class Run:
         command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *files]
         if importlib.util.find_spec("pytest_timeout") is None:
             command += ["-o", "addopts=--import-mode=importlib --strict-markers"]  # the rest asks for that plugin
-        else:
+        elif [int(n) for n in metadata.version("pytest-timeout").split(".")[:2]] >= [2, 3]:
             command += [f"--session-timeout={seconds - 15:.0f}"]
         if importlib.util.find_spec("xdist") is not None:
             command += ["-n", "8"]

@@ -86,7 +86,8 @@ def dense_entries(group: Group, x: Inputs, place: Place, causal: bool) -> tuple[
             **common,
         )  # fmt: skip
     group.add(case, "varlen", lambda: varlen(x, causal), skip=place.no_gpu or no_varlen(), **common)
-    mine = group.add(case, place.backend, lambda: window(x, -1, causal, place.backend), same=cudnn, **common)
+    common |= {"same": cudnn, "skip": unavailable(place.backend)}
+    mine = group.add(case, place.backend, lambda: window(x, -1, causal, place.backend), **common)
     return (cudnn, flash), mine
 
 

@@ -24,7 +24,8 @@ Run = Callable[[], Any]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FORWARD, BOTH, DECODE = "forward", "forward+backward", "decode"
 CLOSE = {"bf16": 2e-2, "fp16": 4e-3, "fp32": 1e-3}  # differences below this are rounding
-SLOW_S = 4.0  # a call that takes longer is made no more than it must
+SLOW_S = 4.0  # a call that takes longer is sampled once,
+ONCE_S = 12.0  # and one that takes so long on the CPU is not even made a second time
 
 
 class Poisoned(RuntimeError):
@@ -223,12 +224,13 @@ def _start(timed: dict[str, Timed], group: Group, clock: Clock, begun: Callable[
             start = time.perf_counter()
             found = _tensors(run())
             first = time.perf_counter() - start  # which may have compiled
-            again = clock.compiles or first < 1
-            t.once = clock.sample(run, 1)[0] if again else 1e3 * first
-            if not again and first > SLOW_S:
-                t.samples.append(1e3 * first)
+            if not clock.compiles and first > ONCE_S:
+                t.once, run = 1e3 * first, None
+                t.samples.append(t.once)
                 t.notes.append("timed once")
-                run = None
+            else:
+                again = clock.compiles or not 1 < first < SLOW_S
+                t.once = clock.sample(run, 1)[0] if again else 1e3 * first
             if name in wanted:
                 results[name] = found
             if t.entry.same in results:
