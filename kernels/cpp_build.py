@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib
 import os
 import shlex
 import shutil
@@ -51,9 +52,13 @@ def library() -> ctypes.CDLL | str:
 
 
 def sources() -> dict[str, str]:
-    """The C++ files by name: the one place that knows where they are."""
+    """The C++ files by name: from the folder beside this file, or from the module that stands for it in a checkpoint."""
     folder = Path(__file__).parent / "cpp"
-    return {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.iterdir()) if path.suffix in (".h", ".cpp")}
+    if not folder.is_dir():
+        files: dict[str, str] = importlib.import_module(__name__.replace("cpp_build", "cpp_sources")).FILES
+        return files
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix in (".h", ".cpp")]
+    return {path.name: path.read_text(encoding="utf-8") for path in paths}
 
 
 def instruction_set() -> tuple[str | None, str]:

@@ -89,8 +89,8 @@ def _sums(
     z = tl.zeros((BF,), tl.float32)
     for j in range(GROUP):
         h = (g * GROUP + j).to(tl.int64)
-        x_base = x + b * x_b.to(tl.int64) + h * x_h + first * x_r
-        y_base = y + b * y_b.to(tl.int64) + h * y_h + first * y_r
+        x_base = x + b * tl.cast(x_b, tl.int64) + h * x_h + first * x_r
+        y_base = y + b * tl.cast(y_b, tl.int64) + h * y_h + first * y_r
         w_base = (b * heads * GROUP + h) * w_h + first
         for c in range(begin, end, CHUNK):
             row = c + within
@@ -177,11 +177,11 @@ def _carry(
     # z stands in all 16 columns of a tile, for the tensor cores: a row product would hold q and k in registers
     z = tl.load(base + F * D + f, mask=f < F, other=0.0)[:, None] + tl.zeros((BF, 16), tl.float32)
     ones = tl.full((CHUNK, 16), 1.0, T)
-    k_base = k + b * k_b.to(tl.int64) + g * k_h.to(tl.int64) + first * k_r
-    v_base = v + b * v_b.to(tl.int64) + g * v_h.to(tl.int64) + first * v_r
+    k_base = k + b * tl.cast(k_b, tl.int64) + g * tl.cast(k_h, tl.int64) + first * k_r
+    v_base = v + b * tl.cast(v_b, tl.int64) + g * tl.cast(v_h, tl.int64) + first * v_r
     h = (g * GROUP + inner).to(tl.int64)
-    q_base = q + b * q_b.to(tl.int64) + h * q_h + first * q_r
-    o_base = o + b * o_b.to(tl.int64) + h * o_h + first * o_r
+    q_base = q + b * tl.cast(q_b, tl.int64) + h * q_h + first * q_r
+    o_base = o + b * tl.cast(o_b, tl.int64) + h * o_h + first * o_r
     within = tl.arange(0, CHUNK)
     for c in range(begin, end, CHUNK):
         kt = _tile(k_base, c, within, k_r, f, end, F)
@@ -228,8 +228,8 @@ def _apply(
     d = part * BD + tl.arange(0, BD)
     segment = block if CAUSAL else 0
     base = sums + ((n * heads + g).to(tl.int64) * segments + segment) * (F * D + F)
-    q_base = q + b * q_b.to(tl.int64) + h * q_h.to(tl.int64) + first * q_r
-    k_base = k + b * k_b.to(tl.int64) + g * k_h.to(tl.int64) + first * k_r
+    q_base = q + b * tl.cast(q_b, tl.int64) + h * tl.cast(q_h, tl.int64) + first * q_r
+    k_base = k + b * tl.cast(k_b, tl.int64) + g * tl.cast(k_h, tl.int64) + first * k_r
     acc = tl.zeros((CHUNK, BD), tl.float32)
     a = tl.zeros((CHUNK, CHUNK), tl.float32)
     total = tl.zeros((CHUNK,), tl.float32)
@@ -246,11 +246,11 @@ def _apply(
     if CAUSAL:
         a = tl.where(within[:, None] >= within[None, :], a, 0.0)
         total += tl.sum(a, 1)
-        vt = _tile(v + b * v_b.to(tl.int64) + g * v_h.to(tl.int64) + first * v_r, start, within, v_r, d, count, D)
+        vt = _tile(v + b * tl.cast(v_b, tl.int64) + g * tl.cast(v_h, tl.int64) + first * v_r, start, within, v_r, d, count, D)
         acc = _dot(a, vt, acc, T, PRECISION)
     acc = acc / tl.where(normalize != 0, total + NORMAL, 1.0)[:, None]
     live = within < count - start
-    at = o + b * o_b.to(tl.int64) + h * o_h.to(tl.int64) + (first + start) * o_r + within[:, None] * o_r + d[None, :]
+    at = o + b * tl.cast(o_b, tl.int64) + h * tl.cast(o_h, tl.int64) + (first + start) * o_r + within[:, None] * o_r + d[None, :]
     tl.store(at, acc.to(o.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
     if part == 0:
         tl.store(den + (b * heads * GROUP + h).to(tl.int64) * rows + first + start + within, total, mask=live)

@@ -76,8 +76,8 @@ def _queries(
     f = part * BF + tl.arange(0, BF)
     segment = block if CAUSAL else 0
     base = sums + ((n * heads + g).to(tl.int64) * segments + segment) * (F * D + F)
-    do_base = do + b * do_b.to(tl.int64) + h * do_h.to(tl.int64) + first * do_r
-    v_base = v + b * v_b.to(tl.int64) + g * v_h.to(tl.int64) + first * v_r
+    do_base = do + b * tl.cast(do_b, tl.int64) + h * tl.cast(do_h, tl.int64) + first * do_r
+    v_base = v + b * tl.cast(v_b, tl.int64) + g * tl.cast(v_h, tl.int64) + first * v_r
     at = (b * heads * GROUP + h).to(tl.int64) * rows + first
     acc = tl.zeros((CHUNK, BF), tl.float32)
     p = tl.zeros((CHUNK, CHUNK), tl.float32)
@@ -95,7 +95,7 @@ def _queries(
         p -= shift[:, None]
     if CAUSAL:
         p = tl.where(within[:, None] >= within[None, :], p, 0.0)
-        kt = _tile(k + b * k_b.to(tl.int64) + g * k_h.to(tl.int64) + first * k_r, start, within, k_r, f, count, F)
+        kt = _tile(k + b * tl.cast(k_b, tl.int64) + g * tl.cast(k_h, tl.int64) + first * k_r, start, within, k_r, f, count, F)
         acc = _dot(p, kt, acc, T, PRECISION)
     if WEIGHTED:
         acc = acc * tl.load(weight + at + row, mask=live, other=0.0)[:, None]
@@ -128,7 +128,7 @@ def _keys(
     f = part * BF + tl.arange(0, BF)
     segment = block if CAUSAL else 0
     base = sums + ((n * heads + g).to(tl.int64) * segments + segment) * (F * D + F)
-    v_base = v + b * v_b.to(tl.int64) + g * v_h.to(tl.int64) + first * v_r
+    v_base = v + b * tl.cast(v_b, tl.int64) + g * tl.cast(v_h, tl.int64) + first * v_r
     acc = tl.zeros((CHUNK, BF), tl.float32)
     for c in range(0, D, BD):
         d = c + tl.arange(0, BD)
@@ -139,7 +139,7 @@ def _keys(
     if CAUSAL:
         for j in range(GROUP):
             h = (g * GROUP + j).to(tl.int64)
-            do_base = do + b * do_b.to(tl.int64) + h * do_h + first * do_r
+            do_base = do + b * tl.cast(do_b, tl.int64) + h * do_h + first * do_r
             p = tl.zeros((CHUNK, CHUNK), tl.float32)
             for c in range(0, D, BD):
                 d = c + tl.arange(0, BD)
@@ -150,7 +150,7 @@ def _keys(
                 p -= tl.load(delta + at, mask=live, other=0.0)[None, :]
                 p *= tl.load(weight + at, mask=live, other=0.0)[None, :]
             p = tl.where(within[:, None] <= within[None, :], p, 0.0)
-            qt = _tile(q + b * q_b.to(tl.int64) + h * q_h + first * q_r, start, within, q_r, f, count, F)
+            qt = _tile(q + b * tl.cast(q_b, tl.int64) + h * q_h + first * q_r, start, within, q_r, f, count, F)
             acc = _dot(p, qt, acc, T, PRECISION)
     place = dk + ((b * heads + g).to(tl.int64) * keys + first + row)[:, None] * F + f[None, :]
     tl.store(place, acc.to(dk.dtype.element_ty), mask=live[:, None] & (f < F)[None, :])
@@ -180,7 +180,7 @@ def _values(
     d = part * BD + tl.arange(0, BD)
     segment = block if CAUSAL else 0
     base = sums + ((n * heads + g).to(tl.int64) * segments + segment) * (F * D + F)
-    k_base = k + b * k_b.to(tl.int64) + g * k_h.to(tl.int64) + first * k_r
+    k_base = k + b * tl.cast(k_b, tl.int64) + g * tl.cast(k_h, tl.int64) + first * k_r
     acc = tl.zeros((CHUNK, BD), tl.float32)
     for c in range(0, F, BF):
         f = c + tl.arange(0, BF)
@@ -189,7 +189,7 @@ def _values(
     if CAUSAL:
         for j in range(GROUP):
             h = (g * GROUP + j).to(tl.int64)
-            q_base = q + b * q_b.to(tl.int64) + h * q_h + first * q_r
+            q_base = q + b * tl.cast(q_b, tl.int64) + h * q_h + first * q_r
             p = tl.zeros((CHUNK, CHUNK), tl.float32)
             for c in range(0, F, BF):
                 f = c + tl.arange(0, BF)
@@ -199,7 +199,7 @@ def _values(
             if WEIGHTED:
                 at = (b * heads * GROUP + h) * rows + first + row
                 p *= tl.load(weight + at, mask=live, other=0.0)[None, :]
-            dot = _tile(do + b * do_b.to(tl.int64) + h * do_h + first * do_r, start, within, do_r, d, count, D)
+            dot = _tile(do + b * tl.cast(do_b, tl.int64) + h * do_h + first * do_r, start, within, do_r, d, count, D)
             acc = _dot(p, dot, acc, T, PRECISION)
     place = dv + ((b * heads + g).to(tl.int64) * keys + first + row)[:, None] * D + d[None, :]
     tl.store(place, acc.to(dv.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])

@@ -72,7 +72,7 @@ def _choose(
     bits = tl.where(forced, 0x40000000, p.to(tl.int32, bitcast=True))
     bits = tl.where(allowed, bits, -1)
     held = tl.where(allowed, p if MASS else 1.0, 0.0)
-    goal = mass if MASS else keep.to(tl.float32)
+    goal = mass if MASS else tl.cast(keep, tl.float32)
     low = -1  # what lies above `low` holds the goal; what lies above `high` does not
     high = 0x40000001
     for _ in range(31):

@@ -29,10 +29,11 @@ struct Emulated256bh {
     }
 };
 
-#define EMULATE(type, name) static inline __attribute__((unused)) type name
+// not inlined, which would make the kernels large and slow to compile
+#define EMULATE(type, name) static __attribute__((noinline, unused)) type name
 
 template <class F>
-EMULATE(Emulated512, emulated_each)(F f) {
+static inline __attribute__((always_inline)) Emulated512 emulated_each(F f) {
     Emulated512 y;
     for (int i = 0; i < 16; i++) y.x[i] = f(i);
     return y;
@@ -110,8 +111,8 @@ EMULATE(Emulated512i, emulated_slli_epi32)(Emulated512i a, unsigned n) {
     return a;
 }
 
-EMULATE(float, emulated_flush)(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
-EMULATE(float, emulated_wide)(uint16_t x) {
+static inline float emulated_flush(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
+static inline float emulated_wide(uint16_t x) {
     const uint32_t bits = static_cast<uint32_t>(x) << 16;
     float y;
     std::memcpy(&y, &bits, 4);

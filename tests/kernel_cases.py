@@ -401,13 +401,17 @@ def linear_gradients(p, do):
 # --------------------------------------------------------------------------------------------------------------- decode
 
 
-def decode_reference(p):
-    """One token per sequence: (B, H, 1, D), in the dtype of q."""
+def decode_reference(p, received=False):
+    """One token per sequence: (B, H, 1, D), in the dtype of q; with `received` also what the late slots were given."""
     b, heads, _, dim = p.q.shape
     groups = sum(part.k.shape[1] for part in p.parts)
     per, dtype = heads // groups, p.q.dtype
-    out = torch.zeros_like(p.q)
+    out, all_given = torch.zeros_like(p.q), []
     for part in p.parts:
+        given = None
+        if part.late is not None:
+            given = wide(p.q).new_zeros(part.k.shape[:3])
+            all_given.append(given)
         for x in range(part.k.shape[1] * per):
             h, g = part.first * per + x, x // per
             q, k, v = p.q[:, h, 0], part.k[:, g, : part.used], part.v[:, g, : part.used]  # (B, D), (B, used, D)
@@ -433,7 +437,10 @@ def decode_reference(p):
                 c = (part.weight[x].to(m.dtype) - m).exp()
                 num, den = num + c * a[:, :dim], den + c * a[:, dim:]
             out[:, h, 0] = num / den.masked_fill(den == 0, 1)
-    return out
+            if given is not None:
+                share = e / den.masked_fill(den == 0, 1)
+                given[:, g, : part.used] += share.masked_fill(~part.late[:, : part.used], 0)
+    return (out, all_given) if received else out
 
 
 # ------------------------------------------------------------------------------------------------------------ retention
@@ -769,11 +776,15 @@ def decode_case(
     sizes=((1, 40), (2, 7)),
     kinds=("cache", "hybrid"),
     masked=True,
+    late=False,
     softcap=0.0,
     sink_logits=False,
     device="cpu",
 ):
-    """A random `Decode`: parts of `sizes` (groups, slots), each cache, hybrid or linear. Unused slots are NaN."""
+    """A random `Decode`: parts of `sizes` (groups, slots), each cache, hybrid or linear. Unused slots are NaN.
+
+    With `late`, parts of plain caches ask for what random slots received.
+    """
     parts, first = [], 0
     for (groups, slots), kind in zip(sizes, kinds, strict=True):
         k, v = (normal(rng, batch, groups, slots, dim, dtype=dtype) for _ in range(2))
@@ -785,6 +796,8 @@ def decode_case(
             mask = torch.rand(batch, slots, generator=rng) < 0.7
             mask[:, 0] = True
         more = {}
+        if kind == "cache" and late:
+            more["late"] = torch.rand(batch, slots, generator=rng) < 0.5
         if kind != "cache":
             state = [normal(rng, batch, groups, features, dim), normal(rng, batch, groups, features, 1).abs()]
             more = {

@@ -4,6 +4,7 @@ Shapes are odd on purpose (no length is a multiple of a tile) and q, k, v are vi
 a read beside the tensor is either found or shows in the result. Small, since all of it is interpreted.
 """
 
+import dataclasses
 import os
 
 import pytest
@@ -73,11 +74,15 @@ def test_linear_attention_forward_and_backward(seed, more):
 
 def test_a_decode_step(seed):
     sizes, kinds = ((1, 40), (2, 7), (1, 3)), ("cache", "hybrid", "linear")
-    p = cases.decode_case(cases.generator(seed), dim=40, features=24, sizes=sizes, kinds=kinds, sink_logits=True)
-    reached = [getattr(part, name) for part in p.parts for name in ("k", "v", "mask", "fq", "state", "weight")]
-    with sanitized(*(x for x in reached if x is not None)):
-        o = backend.decode(p)
-    cases.assert_close(o, cases.decode_reference(cases.double(p)), cases.decode_reference(p))
+    rng = cases.generator(seed)
+    p = cases.decode_case(rng, dim=40, features=24, sizes=sizes, kinds=kinds, sink_logits=True, late=True)
+    reached = [getattr(part, f.name) for part in p.parts for f in dataclasses.fields(part)]
+    with sanitized(*(x for x in reached if isinstance(x, torch.Tensor))):
+        o, received = backend.decode(p)
+    exact, plain = (cases.decode_reference(x, received=True) for x in (cases.double(p), p))
+    cases.assert_close(o, exact[0], plain[0])
+    for got, x, y in zip(received, exact[1], plain[1], strict=True):
+        cases.assert_close(got, x, y, name="received")
 
 
 def test_retention_in_two_calls(seed):
