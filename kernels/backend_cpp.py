@@ -123,7 +123,8 @@ def unavailable() -> str | None:
 def refuses(function: str, problem: object) -> str | None:
     """Why this back end does not take the problem."""
     if function in ("features", "features_backward"):
-        x, kind, _ = problem  # type: ignore[misc]
+        assert isinstance(problem, tuple)
+        x, kind = problem[:2]
         if kind not in KINDS:
             return f"the feature map {kind!r} has no C++ kernel; those of {', '.join(KINDS)} have"
         if x.shape[-1] % 8:
@@ -354,7 +355,9 @@ def _extra_args(a: _Call, extra: Extra | None) -> None:
 
 
 def _branch_args(a: _Call, branch: Branch) -> None:
-    a.set(fq=branch.fq, fk=branch.fk, state=branch.state, weight=None if branch.weight is None else branch.weight.float())
+    a.set(
+        fq=branch.fq, fk=branch.fk, state=branch.state, weight=None if branch.weight is None else branch.weight.float()
+    )
     a.args.index, a.args.shared, a.args.normalize = a.numbers(branch.index), branch.shared, 1
 
 

@@ -106,9 +106,9 @@ def linear_backward(p: Linear, o: Tensor, den: Tensor, do: Tensor) -> tuple[Tens
     return found
 
 
-def decode(p: Decode) -> Tensor:
-    o: Tensor = _module("decode").decode(p)
-    return o
+def decode(p: Decode) -> tuple[Tensor, list[Tensor]]:
+    found: tuple[Tensor, list[Tensor]] = _module("decode").decode(p)
+    return found
 
 
 def retain(p: Retain) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -40,7 +40,7 @@ _loaded: dict[tuple[str | None, ...], ctypes.CDLL | str] = {}
 
 def library() -> ctypes.CDLL | str:
     """The loaded kernels, or the reason why there are none."""
-    names = ("CXX", "ATTNCONVERT_ISA", "ATTNCONVERT_CXXFLAGS")
+    names = ("CXX", "ATTNCONVERT_ISA", "ATTNCONVERT_CXXFLAGS", "XDG_CACHE_HOME")
     key = tuple(os.environ.get(name) for name in names)
     found = _loaded.get(key)
     if found is None:
@@ -52,7 +52,7 @@ def library() -> ctypes.CDLL | str:
 
 
 def sources() -> dict[str, str]:
-    """The C++ files by name: from the folder beside this file, or from the module that stands for it in a checkpoint."""
+    """The C++ files by name: from the folder beside this file, or the module that stands for it in a checkpoint."""
     folder = Path(__file__).parent / "cpp"
     if not folder.is_dir():
         files: dict[str, str] = importlib.import_module(__name__.replace("cpp_build", "cpp_sources")).FILES

@@ -37,8 +37,8 @@ def _used(part, u0, u1, u2, u3, u4, u5, u6, u7):
 
 @triton.jit(do_not_specialize=["u0", "u1", "u2", "u3", "u4", "u5", "u6", "u7"])
 def _step(
-    q, fq, table, sink, out, sums, q_b, q_h, fq_b, fq_h, scale, cap, heads, D, slice_size, u0, u1, u2, u3, u4, u5, u6,
-    u7, GROUP: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
+    q, fq, table, sink, out, sums, lse, q_b, q_h, fq_b, fq_h, scale, cap, heads, D, slice_size, u0, u1, u2, u3, u4,
+    u5, u6, u7, GROUP: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
     SINK: tl.constexpr, SPLIT: tl.constexpr, LINEAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The outputs, or with SPLIT those of a slice beside their sums and shifts, which `_merge` puts together."""
@@ -131,12 +131,13 @@ def _step(
         tl.store(sums + 2 * place, top, mask=row < GROUP)
         tl.store(sums + 2 * place + 1, total, mask=row < GROUP)
     else:
+        tl.store(lse + place, top + tl.log(tl.where(total == 0.0, 1.0, total)), mask=row < GROUP)
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         tl.store(out + place[:, None] * D + d[None, :], acc.to(T), mask=live)
 
 
 @triton.jit
-def _merge(partial, sums, out, pieces, D, BD: tl.constexpr, BP: tl.constexpr):
+def _merge(partial, sums, out, lse, pieces, D, BD: tl.constexpr, BP: tl.constexpr):
     """The outputs of a row from those of its slices."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BD)
@@ -157,8 +158,38 @@ def _merge(partial, sums, out, pieces, D, BD: tl.constexpr, BP: tl.constexpr):
         total = total * keep + tl.sum(w * n, 0)
         acc = acc * keep + tl.sum(x * w[:, None], 0)
         top = new
+    tl.store(lse + row, top + tl.log(tl.where(total == 0.0, 1.0, total)))
     acc = acc / tl.where(total == 0.0, 1.0, total)
     tl.store(out + row * D + d, acc.to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _receive(
+    q, k, mask, late, lse, out, q_b, q_h, k_b, k_h, k_c, m_b, m_c, l_b, l_c, scale, cap, first, heads, all_heads, slots,
+    used, D, tiles, GROUP: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What BN slots of one group received from its query heads, given the sums of `_step`."""
+    slot = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
+    g = tl.program_id(0) // tiles % heads
+    b = (tl.program_id(0) // (tiles * heads)).to(tl.int64)
+    row = tl.arange(0, ROWS)
+    d = tl.arange(0, BD)
+    h = (first + g) * GROUP + row
+    there = slot < used
+    there = there & (tl.load(late + b * l_b + slot * l_c, mask=there, other=0) != 0)
+    if MASK:
+        there = there & (tl.load(mask + b * m_b + slot * m_c, mask=there, other=0) != 0)
+    live = (row < GROUP)[:, None] & (d < D)[None, :]
+    qt = tl.load(q + b * q_b + h[:, None].to(tl.int64) * q_h + d[None, :], mask=live, other=0.0)
+    at = k + b * k_b + g.to(tl.int64) * k_h + slot[:, None].to(tl.int64) * k_c + d[None, :]
+    kt = tl.load(at, mask=there[:, None] & (d < D)[None, :], other=0.0)
+    s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION) * scale
+    if cap > 0:
+        s = cap * (2 * tl.sigmoid(2 * s / cap) - 1)
+    total = tl.load(lse + b * all_heads + h, mask=row < GROUP, other=0.0)
+    p = tl.where((row < GROUP)[:, None] & there[None, :], tl.exp(s - total[:, None]), 0.0)
+    tl.store(out + (b * heads + g) * slots + slot, tl.sum(p, 0), mask=slot < slots)
 
 
 _tables: dict[tuple[Any, ...], Tensor] = {}
@@ -212,8 +243,8 @@ def slice_size(longest: int) -> int:
     return int(min(4096, max(512, triton.next_power_of_2(longest) // 64)))
 
 
-def decode(p: Decode) -> Tensor:
-    """(B, H, 1, D)"""
+def decode(p: Decode) -> tuple[Tensor, list[Tensor]]:
+    """o (B, H, 1, D), and (B, hp, C) for each part with `late`."""
     batch, heads, _, dim = p.q.shape
     groups = sum(part.k.shape[1] for part in p.parts)
     group = heads // groups
@@ -229,7 +260,8 @@ def decode(p: Decode) -> Tensor:
     pieces = max(1, triton.cdiv(max(used), size))
     out = torch.empty(batch, heads, 1, dim, dtype=p.q.dtype, device=p.q.device)
     if not out.numel():
-        return out
+        return out, [_received(p, part, group, out) for part in p.parts if part.late is not None]
+    lse = torch.empty(batch, heads, dtype=torch.float32, device=p.q.device)
     wide = p.q.dtype == torch.float32
     bn, bf, warps = tiles(architecture(), dim, wide)
     partial, sums = out, out
@@ -239,12 +271,32 @@ def decode(p: Decode) -> Tensor:
     bd = max(32, triton.next_power_of_2(dim))
     _step[(batch * groups, pieces)](
         p.q, given, _table(tuple(lines), p.q.device), out if p.sink_logits is None else p.sink_logits, partial, sums,
-        p.q.stride(0), p.q.stride(1), given.stride(0), given.stride(1), p.scale, p.softcap, groups, dim, size, *used,
-        GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), BN=bn, BD=bd, BF=bf, SINK=p.sink_logits is not None,
-        SPLIT=pieces > 1, LINEAR=fq is not None, PRECISION="ieee", num_warps=warps, num_stages=2,
+        lse, p.q.stride(0), p.q.stride(1), given.stride(0), given.stride(1), p.scale, p.softcap, groups, dim, size,
+        *used, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), BN=bn, BD=bd, BF=bf,
+        SINK=p.sink_logits is not None, SPLIT=pieces > 1, LINEAR=fq is not None, PRECISION="ieee", num_warps=warps, num_stages=2,
     )  # fmt: skip
     if pieces > 1:
-        _merge[(batch * heads,)](partial, sums, out, pieces, dim, BD=bd, BP=16, num_warps=4)
+        _merge[(batch * heads,)](partial, sums, out, lse, pieces, dim, BD=bd, BP=16, num_warps=4)
+    return out, [_received(p, part, group, lse) for part in p.parts if part.late is not None]
+
+
+def _received(p: Decode, part: Part, group: int, lse: Tensor) -> Tensor:
+    """A launch of its own: only now is it known what the probabilities sum to."""
+    (batch, heads, slots, dim), late = part.k.shape, part.late
+    assert late is not None
+    out = torch.empty(batch, heads, slots, dtype=torch.float32, device=p.q.device)
+    if not out.numel():
+        return out
+    late = late.view(torch.uint8)
+    mask = late if part.mask is None else part.mask.view(torch.uint8)
+    bn, _, warps = tiles(architecture(), dim, p.q.dtype == torch.float32)
+    count = triton.cdiv(slots, bn)
+    _receive[(batch * heads * count,)](
+        p.q, part.k, mask, late, lse, out, p.q.stride(0), p.q.stride(1), *part.k.stride()[:3], *mask.stride(),
+        *late.stride(), p.scale, p.softcap, part.first, heads, p.q.shape[1], slots, part.used, dim, count, GROUP=group,
+        ROWS=max(16, triton.next_power_of_2(group)), BN=bn, BD=max(32, triton.next_power_of_2(dim)),
+        MASK=part.mask is not None, PRECISION="ieee", num_warps=warps,
+    )  # fmt: skip
     return out
 
 
@@ -286,6 +338,11 @@ def variants(arch: str) -> Iterator[Variant]:
             types |= {"scale": "fp32", "cap": "fp32"}
             label = f"decode {name} {bd}{' split' * split}"
             yield describe(label, _step, types, constants, warps, 2)
+            if split:
+                kinds = {**dict.fromkeys(("q", "k"), f"*{name}"), **dict.fromkeys(("mask", "late"), "*u8")}
+                kinds |= {**dict.fromkeys(("lse", "out"), "*fp32"), "scale": "fp32", "cap": "fp32"}
+                more = {"GROUP": 4, "ROWS": 16, "BN": bn, "BD": bd, "MASK": True, "PRECISION": "ieee"}
+                yield describe(f"decode received {name} {bd}", _receive, kinds, more, warps, 3)
     for bd in (32, 64, 128, 256):
-        types = {"partial": "*fp32", "sums": "*fp32", "out": "*bf16"}
+        types = {"partial": "*fp32", "sums": "*fp32", "out": "*bf16", "lse": "*fp32"}
         yield describe(f"decode merge {bd}", _merge, types, {"BD": bd, "BP": 16}, 4, 3)

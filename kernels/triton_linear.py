@@ -246,11 +246,20 @@ def _apply(
     if CAUSAL:
         a = tl.where(within[:, None] >= within[None, :], a, 0.0)
         total += tl.sum(a, 1)
-        vt = _tile(v + b * tl.cast(v_b, tl.int64) + g * tl.cast(v_h, tl.int64) + first * v_r, start, within, v_r, d, count, D)
+        vt = _tile(
+            v + b * tl.cast(v_b, tl.int64) + g * tl.cast(v_h, tl.int64) + first * v_r, start, within, v_r, d, count, D
+        )
         acc = _dot(a, vt, acc, T, PRECISION)
     acc = acc / tl.where(normalize != 0, total + NORMAL, 1.0)[:, None]
     live = within < count - start
-    at = o + b * tl.cast(o_b, tl.int64) + h * tl.cast(o_h, tl.int64) + (first + start) * o_r + within[:, None] * o_r + d[None, :]
+    at = (
+        o
+        + b * tl.cast(o_b, tl.int64)
+        + h * tl.cast(o_h, tl.int64)
+        + (first + start) * o_r
+        + within[:, None] * o_r
+        + d[None, :]
+    )
     tl.store(at, acc.to(o.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
     if part == 0:
         tl.store(den + (b * heads * GROUP + h).to(tl.int64) * rows + first + start + within, total, mask=live)

@@ -26,7 +26,7 @@ from torch import Tensor
 from .problem import EPS, Linear
 from .triton_common import Variant, architecture
 from .triton_linear import _dot, _dot_state, _place, _tile, reduce_segments, scan_segments
-from .triton_linear_host import Mode, Tiles, chunk_tiles, describe, mode, modes, plan, reduce_tiles, types
+from .triton_linear_host import Mode, Tiles, chunk_tiles, describe, mode, modes, plan, reduce_tiles, registers, types
 
 NORMAL = tl.constexpr(EPS)
 
@@ -95,7 +95,9 @@ def _queries(
         p -= shift[:, None]
     if CAUSAL:
         p = tl.where(within[:, None] >= within[None, :], p, 0.0)
-        kt = _tile(k + b * tl.cast(k_b, tl.int64) + g * tl.cast(k_h, tl.int64) + first * k_r, start, within, k_r, f, count, F)
+        kt = _tile(
+            k + b * tl.cast(k_b, tl.int64) + g * tl.cast(k_h, tl.int64) + first * k_r, start, within, k_r, f, count, F
+        )
         acc = _dot(p, kt, acc, T, PRECISION)
     if WEIGHTED:
         acc = acc * tl.load(weight + at + row, mask=live, other=0.0)[:, None]
@@ -240,9 +242,11 @@ def linear_backward(p: Linear, o: Tensor, den: Tensor, do: Tensor) -> tuple[Tens
 
 
 def backward_tiles(arch: str, m: Mode) -> Tiles:
-    """As in the forward; older chips have fewer registers left."""
+    """Smaller than in the forward: more is held at once."""
     t = chunk_tiles(arch, m)
-    return dataclasses.replace(t, bd=32) if arch in ("sm_80", "sm_89") else t
+    if not m.half:
+        return dataclasses.replace(t, bd=16)
+    return t if arch.startswith("gfx") else dataclasses.replace(t, segment=64, chunk=64)
 
 
 def _row_terms(p: Linear, o: Tensor, den: Tensor, do: Tensor) -> Tensor:
@@ -282,6 +286,7 @@ def _constants(p: Linear, t: Tiles, m: Mode) -> dict[str, Any]:
         "SPLIT": m.half,
         "num_warps": t.warps,
         "num_stages": t.stages,
+        **registers(architecture()),
     }
 
 
@@ -299,4 +304,4 @@ def variants(arch: str) -> Iterator[Variant]:
                 "VARLEN": packed, "T": m.dtype, "PRECISION": m.precision, "SPLIT": m.half,
             }  # fmt: skip
             label = f"linear backward{function.__name__} {name}{' causal' * causal}{' packed' * packed}"
-            yield describe(label, function, types(name), constants, t.warps, t.stages)
+            yield describe(label, function, types(name), constants, t.warps, t.stages, registers(arch))

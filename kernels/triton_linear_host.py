@@ -99,6 +99,11 @@ def plan(p: Linear) -> Plan:
     )
 
 
+def registers(arch: str) -> dict[str, Any]:
+    """All that a thread may have: left alone, ptxas saves them in large kernels, and spills."""
+    return {} if arch.startswith("gfx") else {"maxnreg": 255}
+
+
 def describe(
     name: str,
     function: Any,

@@ -32,6 +32,7 @@ from .triton_mixed_host import (
     divisor,
     dot_precision,
     feature_tile,
+    limits,
     lists_of,
     padded,
     sizes_of,
@@ -286,10 +287,13 @@ def forward_kernel(
             limit = tl.minimum(keys, i0 + 1)
         split = whole_entries(columns, begin, count, limit, BK) * parts
         in_block = first % BQ + row
+        # the next column is read one step ahead, so that the keys need not wait for it
+        ahead = tl.load(columns + begin, mask=split > 0, other=0)
         for x in range(split):
             entry = begin + x // parts
             c0 = x % parts * BN
-            j0 = tl.load(columns + entry) * BK + c0
+            j0 = ahead * BK + c0
+            ahead = tl.load(columns + begin + (x + 1) // parts, mask=x + 1 < split, other=0)
             s = tl.dot(
                 q_tile, tl.trans(tile(k_base, j0, k_n, lane, column, keys, DIM, False)), input_precision=PRECISION
             )
@@ -365,16 +369,23 @@ LARGE = {  # the tile for many rows, by architecture, half precision and padded 
 }
 
 
-def configurations(arch: str, dim: int, half: bool) -> tuple[Tile, ...]:
-    """The tiles for many rows down to those for few."""
-    large = LARGE[arch, half][max(64, padded(dim))]
-    small = [Tile(own, min(large.walk, 32), 4, large.stages) for own in (64, 32, 16) if own < large.own]
-    return (large, *small)
+BRANCHED = {("sm_80", True): {128: Tile(128, 32, 8, 3)}}  # where a branch or single masked keys take registers
 
 
-def tile_for(p: Softmax, arch: str) -> Tile:
+def configurations(arch: str, dim: int, half: bool, full: bool) -> tuple[Tile, ...]:
+    """The tiles for many rows down to those for few; `full` problems have a branch or mask single keys of a block."""
+    pad = max(64, padded(dim))
+    large = LARGE[arch, half][pad]
+    if full:
+        large = BRANCHED.get((arch, half), {}).get(pad, large)
+    middle = Tile(64, large.walk, 4, large.stages) if half and pad <= 128 else Tile(64, large.walk, 8, large.stages)
+    small = [Tile(own, min(large.walk, 32), 4 if pad <= 128 else 8, min(large.stages, 2)) for own in (32, 16)]
+    return (large, *(x for x in (middle, *small) if x.own < large.own))
+
+
+def tile_for(p: Softmax, arch: str, full: bool) -> Tile:
     """The largest tile that the rows fill; a tile lies within one query block of the lists."""
-    options = configurations(arch, p.q.shape[3], p.q.dtype != torch.float32)
+    options = configurations(arch, p.q.shape[3], p.q.dtype != torch.float32, full)
     most = options[0].own if p.varlen is not None else p.q.shape[2]  # packed: whatever the other sequences are
     rows = max(16, triton.next_power_of_2(most))
     walk = options[0].walk
@@ -422,8 +433,9 @@ def mixed_forward(p: Softmax, branch: Branch | None, *, config: Tile | None = No
         kind, _ = branch_type(branch.fq, branch.fk, p.v)
         narrow = torch.bfloat16 if kind == tl.bfloat16 else torch.float32
         sides, final = key_states(p, branch, arch, narrow, chunk)
+    full = branch is not None or (isinstance(p.where, Blocks) and p.where.kinds is not None)
     if p.q.numel():
-        _launch(p, branch, s, config or tile_for(p, arch), sides, (o, lse, linear, den))
+        _launch(p, branch, s, config or tile_for(p, arch, full), sides, (o, lse, linear, den))
     return Mixed(o=o, lse=lse, linear=linear, den=den, state=final)
 
 
@@ -456,7 +468,8 @@ def _launch(
         BRANCH=NONE if branch is None else SHARED if branch.shared else SEPARATE,
         REST=LISTS if not ranges else BEFORE if p.causal else BOTH, SOFTCAP=p.softcap > 0, BQ=lists.block[0],
         BK=lists.block[1], BM=t.own, BN=t.walk, BF=feature_tile(fq), BE=16, PAD=padded(s.dim), TYPE=kind,
-        PRECISION=dot_precision(p.q.dtype), BRANCH_PRECISION=precision, num_warps=t.warps, num_stages=t.stages,
+        PRECISION=dot_precision(p.q.dtype), BRANCH_PRECISION=precision, num_warps=t.warps,
+        num_stages=t.stages, **limits(architecture()),
     )  # fmt: skip
 
 
@@ -475,8 +488,9 @@ CASES: tuple[tuple[str, dict[str, Any], int, tuple[str, ...], bool], ...] = (
 def variants(arch: str) -> Iterator[Variant]:
     """What `mixed_forward` launches; the group size and the sizes of list blocks stand for all."""
     for kind, dim in itertools.product(("bf16", "fp32"), (64, 128, 256)):
-        for number, t in enumerate(configurations(arch, dim, kind != "fp32")):
-            for name, differs, branch, there, small in CASES:
+        for name, differs, branch, there, small in CASES:
+            full = branch != NONE or "kinds" in there
+            for number, t in enumerate(configurations(arch, dim, kind != "fp32", full)):
                 if small or not number:
                     yield _variant(arch, kind, dim, t, name, differs, branch, there)
 
@@ -498,5 +512,5 @@ def _variant(
     } | differs | dict.fromkeys(absent if branch == SHARED else [*absent, "weight"])  # fmt: skip
     label = f"mixed-forward-{name}-{kind}-{dim}-{t.own}x{t.walk}"
     return describe(
-        label, forward_kernel, kind, constants, t.warps, t.stages, kv=states, kv_after=states, lse_n="i32"
+        arch, label, forward_kernel, kind, constants, t.warps, t.stages, kv=states, kv_after=states, lse_n="i32"
     )  # fmt: skip

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .problem import EPS, Branch, Mixed, MixedGradients, Ranges, Softmax
+from .problem import EPS, Blocks, Branch, Mixed, MixedGradients, Ranges, Softmax
 from .triton_common import Variant, architecture
 from .triton_mixed_branch import branch_gradients
 from .triton_mixed_host import (
@@ -27,6 +27,7 @@ from .triton_mixed_host import (
     describe,
     divisor,
     dot_precision,
+    limits,
     lists_of,
     padded,
     sizes_of,
@@ -206,6 +207,9 @@ def query_kernel(
         dp = tl.dot(do_tile, tl.trans(vt), input_precision=PRECISION)
         _, ds = logit_gradient(s, dp, top, d, unit, softcap, SOFTCAP)
         acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PRECISION)
+    ahead = start * 0  # the next column, read one step ahead so that the keys need not wait for it
+    if not RANGES:
+        ahead = tl.load(columns + begin, mask=clean > 0, other=0)
     for x in range(clean):
         c0 = start * 0
         entry = begin
@@ -214,7 +218,8 @@ def query_kernel(
         else:
             entry = begin + x // parts
             c0 = x % parts * BN
-            j0 = tl.load(columns + entry) * BK + c0
+            j0 = ahead * BK + c0
+            ahead = tl.load(columns + begin + (x + 1) // parts, mask=x + 1 < clean, other=0)
         if valid is not None:
             alive = tl.load(valid + b * valid_b + key0 + j0 + lane) != 0
             kt = alive_tile(k_base, j0, k_n, lane, column, alive, DIM)
@@ -327,7 +332,10 @@ def key_kernel(
         left = start
         whole = start
         resume = start
-    # Triton 3.9 fails to compile a pipelined loop whose mask depends on a column that was read in it
+    ahead = start * 0  # the next column, read one step ahead so that the rows need not wait for it
+    if not RANGES:
+        ahead = tl.load(columns + begin, mask=edge > 0, other=0)
+    # Triton 3.9 does not compile this loop over a list if it is pipelined
     for y in tl.range(0, edge * GROUP, num_stages=STAGES if RANGES else 1):
         x = y % edge
         head = (y // edge).to(tl.int64)
@@ -336,7 +344,8 @@ def key_kernel(
             r0 = tl.where(x < left, start + x * BM, resume + (x - left) * BM)
         else:
             entry = begin + x // parts
-            r0 = tl.load(columns + entry) * BQ + x % parts * BM
+            r0 = ahead * BQ + x % parts * BM
+            ahead = tl.load(columns + begin + (y + 1) % edge // parts)
         i = r0 + shift + row
         seen = near(i[None, :], j[:, None], w, CAUSAL) if RANGES else j[:, None] <= i[None, :]
         if kinds is not None:
@@ -348,6 +357,8 @@ def key_kernel(
             delta + at + head * lse_n, r0, row, rows, q_n, do_n, column, seen, unit, scale, softcap,
             DIM, True, True, SOFTCAP, PRECISION,
         )  # fmt: skip
+    if not RANGES:
+        ahead = tl.load(columns + begin + edge // parts, mask=clean > 0, other=0)
     for y in range(clean * GROUP):
         x = y % clean
         head = (y // clean).to(tl.int64)
@@ -356,7 +367,8 @@ def key_kernel(
             r0 = whole + x * BM
         else:
             entry = begin + edge // parts + x // parts
-            r0 = tl.load(columns + entry) * BQ + x % parts * BM
+            r0 = ahead * BQ + x % parts * BM
+            ahead = tl.load(columns + begin + edge // parts + (y + 1) % clean // parts)
         seen = (lane >= 0)[:, None] & (row >= 0)[None, :]
         if kinds is not None:
             kind = tl.load(kinds + entry)
@@ -434,7 +446,7 @@ def extra_kernel(
 # --------------------------------------------------------------------------------------------------------- on the host
 
 QUERY = {  # rows, keys of a step, warps, stages of `query_kernel`
-    ("sm_80", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 4, 1)},
+    ("sm_80", True): {64: Tile(128, 32, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 4, 1)},
     ("sm_89", True): {64: Tile(128, 32, 8, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 4, 1)},
     ("sm_90", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
     ("sm_100", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
@@ -470,10 +482,10 @@ def query_tile(arch: str, half: bool, pad: int) -> Tile:
     return QUERY[arch, half][max(64, pad)]
 
 
-def key_tile(arch: str, half: bool, pad: int, full: bool) -> Tile:
+def key_tile(arch: str, half: bool, pad: int, full: bool, lists: bool = False) -> Tile:
     """For `key_kernel`; `full` problems, which cap, pack, or mask single keys, need registers of their own."""
     t = KEY[arch, half][max(64, pad)]
-    return Tile(min(t.own, 64), t.walk, t.warps, t.stages) if full else t
+    return Tile(min(t.own, 64), t.walk, t.warps, 1 if lists else t.stages) if full else t
 
 
 def fitted(t: Tile, p: Softmax, own: int) -> Tile:
@@ -481,13 +493,14 @@ def fitted(t: Tile, p: Softmax, own: int) -> Tile:
     if isinstance(p.where, Ranges):
         return t
     tokens, steps = (divisor(p.where.block[x], 1024) for x in (own, 1 - own))
-    t = t if t.own <= tokens else smaller(t, tokens)
+    t = t if t.own <= tokens else smaller(t, tokens, padded(p.q.shape[3]))
     return Tile(t.own, min(t.walk, steps), t.warps, t.stages)
 
 
-def smaller(t: Tile, own: int) -> Tile:
+def smaller(t: Tile, own: int, pad: int) -> Tile:
     """For blocks of fewer tokens than the tile has: 16, 32 or 64 of its own."""
-    return Tile(own, min(t.walk, 32), 4, t.stages)
+    own = min(own, 64 if pad <= 128 else 32)
+    return Tile(own, min(t.walk, 32), 8, t.stages)
 
 
 def mixed_backward(
@@ -554,7 +567,7 @@ def _delta(
         o, do, lse, branch and branch.groups, branch and branch.weight, lse if mode == 2 else None, delta,
         gain if mode else None, offset if mode else None, rows, *strides(o), *strides(do),
         branch.fq.shape[1] if branch else 1, GROUP=sizes_of(p).per, DIM=dim, PAD=padded(dim), BRANCH=mode, BM=64,
-        num_warps=4,
+        num_warps=4, **limits(architecture()),
     )  # fmt: skip
 
 
@@ -575,7 +588,7 @@ def _queries(p: Softmax, arch: str, do: Tensor, lse: Tensor, delta: Tensor, dq: 
         *strides(p.k), *strides(p.v), *strides(do), *strides(dq), *strides(extra and extra.k),
         *strides(extra and extra.v), GROUP=s.per, DIM=s.dim, CAUSAL=p.causal, RANGES=isinstance(p.where, Ranges),
         SOFTCAP=p.softcap > 0, BQ=lists.block[0], BK=max(lists.block[1], t.walk), BM=t.own, BN=t.walk, BE=16,
-        PAD=padded(s.dim), PRECISION=dot_precision(p.q.dtype), num_warps=t.warps, num_stages=t.stages,
+        PAD=padded(s.dim), PRECISION=dot_precision(p.q.dtype), num_warps=t.warps, num_stages=t.stages, **limits(arch),
     )  # fmt: skip
 
 
@@ -593,7 +606,7 @@ def _keys(
 ) -> None:
     s, lists = sizes_of(p), lists_of(p.where, True)
     full = p.softcap > 0 or p.varlen is not None or p.valid is not None or lists.kinds is not None or branch is not None
-    t = config or fitted(key_tile(arch, half_of(p), padded(s.dim), full), p, 1)
+    t = config or fitted(key_tile(arch, half_of(p), padded(s.dim), full, isinstance(p.where, Blocks)), p, 1)
     if not p.k.numel():
         return
     key_kernel[triton.cdiv(s.keys, t.own), s.groups, s.count](
@@ -604,7 +617,7 @@ def _keys(
         *strides(do), *strides(dk), *strides(dv), GROUP=s.per, DIM=s.dim, CAUSAL=p.causal,
         RANGES=isinstance(p.where, Ranges), SOFTCAP=p.softcap > 0, BQ=max(lists.block[0], t.walk), BK=lists.block[1],
         BN=t.own, BM=t.walk, PAD=padded(s.dim), PRECISION=dot_precision(p.q.dtype), STAGES=t.stages,
-        num_warps=t.warps, num_stages=t.stages,
+        num_warps=t.warps, num_stages=t.stages, **limits(arch),
     )  # fmt: skip
 
 
@@ -621,7 +634,7 @@ def _extras(p: Softmax, arch: str, do: Tensor, lse: Tensor, delta: Tensor) -> tu
             p.q, do, lse, delta, p.where.window, x.k, x.v, x.at.contiguous(), *parts, p.scale, p.softcap or 1.0, s.rows,
             s.keys, x.at.shape[2], SPAN, s.groups, p.q.shape[2], *strides(p.q), *strides(do), *strides(x.k),
             *strides(x.v), GROUP=s.per, DIM=s.dim, CAUSAL=p.causal, SOFTCAP=p.softcap > 0, BE=16, BM=t.walk,
-            PAD=padded(s.dim), PRECISION=dot_precision(p.q.dtype), num_warps=4, num_stages=t.stages,
+            PAD=padded(s.dim), PRECISION=dot_precision(p.q.dtype), num_warps=4, num_stages=t.stages, **limits(arch),
         )  # fmt: skip
     return parts[0].sum(0).to(x.k.dtype), parts[1].sum(0).to(x.v.dtype)
 
@@ -638,7 +651,7 @@ def variants(arch: str) -> Iterator[Variant]:
         }  # fmt: skip
         own = query_tile(arch, kind != "fp32", dim)
         for ranges, full in itertools.product((True, False), (True, False)):
-            key = key_tile(arch, kind != "fp32", dim, full)
+            key = key_tile(arch, kind != "fp32", dim, full, not ranges)
             absent = LISTED if ranges else ("window",)
             if not full:
                 absent += FEATURED
@@ -650,31 +663,31 @@ def variants(arch: str) -> Iterator[Variant]:
                 ("key", key_kernel, key, {"BN": key.own, "BM": key.walk, "STAGES": key.stages}),
             ):
                 constants = {x: y for x, y in (base | differs | tiles).items() if x in function.arg_names}
-                yield describe(f"mixed-backward-{name}-{label}", function, kind, constants, t.warps, t.stages)
+                yield describe(arch, f"mixed-backward-{name}-{label}", function, kind, constants, t.warps, t.stages)
             if full and not ranges:
                 yield from _small(arch, kind, dim, base | differs, label)
         key = key_tile(arch, kind != "fp32", dim, True)
         constants = base | {"CAUSAL": True, "SOFTCAP": True, "BE": 16, "BM": key.walk}
         constants = {x: y for x, y in constants.items() if x in extra_kernel.arg_names}
-        yield describe(f"mixed-backward-extra-{kind}-{dim}", extra_kernel, kind, constants, 4, key.stages)
+        yield describe(arch, f"mixed-backward-extra-{kind}-{dim}", extra_kernel, kind, constants, 4, key.stages)
         for mode in (0, 1, 2):
             absent = ("lse", "group_map", "weight") if mode == 2 else ("den",)
             absent = (*absent, "group_map", "weight", "gain", "offset") if mode == 0 else absent
             constants = {"GROUP": 4, "DIM": dim, "PAD": dim, "BRANCH": mode, "BM": 64} | dict.fromkeys(absent)
-            yield describe(f"mixed-backward-delta-{kind}-{dim}-{mode}", delta_kernel, kind, constants, 4, 3)
+            yield describe(arch, f"mixed-backward-delta-{kind}-{dim}-{mode}", delta_kernel, kind, constants, 4, 3)
 
 
 def _small(arch: str, kind: str, dim: int, given: dict[str, Any], label: str) -> Iterator[Variant]:
     """Tiles of lists of small blocks."""
-    for own in (16, 32, 64):
+    for own in (16, 32, 64)[: 3 if dim <= 128 else 2]:
         for name, function, t in (
             ("query", query_kernel, query_tile(arch, kind != "fp32", dim)),
-            ("key", key_kernel, key_tile(arch, kind != "fp32", dim, True)),
+            ("key", key_kernel, key_tile(arch, kind != "fp32", dim, True, True)),
         ):
             if own < t.own:
-                t, more = smaller(t, own), {"BQ": 64, "BK": 64, "BE": 16}
-                more |= {"BM": own, "BN": t.walk} if name == "query" else {"BN": own, "BM": t.walk, "STAGES": t.stages}
+                t, more = smaller(t, own, dim), {"BQ": 64, "BK": 64, "BE": 16}
+                more |= {"BM": t.own, "BN": t.walk} if name == "query" else {"BN": t.own, "BM": t.walk, "STAGES": t.stages}
                 constants = {x: y for x, y in (given | more).items() if x in function.arg_names}
                 yield describe(
-                    f"mixed-backward-{name}-{label}-{own}", function, kind, constants, t.warps, t.stages
+                    arch, f"mixed-backward-{name}-{label}-{own}", function, kind, constants, t.warps, t.stages
                 )  # fmt: skip

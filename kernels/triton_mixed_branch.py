@@ -20,7 +20,18 @@ from torch import Tensor
 
 from .problem import Blocks, Branch, Softmax
 from .triton_common import Variant
-from .triton_mixed_host import Tile, branch_kind, branch_type, cumulative, describe, divisor, padded, sizes_of, strides
+from .triton_mixed_host import (
+    Tile,
+    branch_kind,
+    branch_type,
+    cumulative,
+    describe,
+    divisor,
+    limits,
+    padded,
+    sizes_of,
+    strides,
+)
 from .triton_mixed_states import BLOCKS, States, gathered, key_states, scanned, tile_sums, unlisted
 from .triton_mixed_tiles import FAR, alive_tile, sequence, tile, window_of
 
@@ -334,7 +345,7 @@ def branch_tiles(arch: str, half: bool, pad: int) -> tuple[Tile, int]:
     if half and pad <= 128:
         return Tile(64, 32, 4 if arch != "gfx942" else 8, 1), 64
     if half:
-        return Tile(32, 32, 8, 1), 32
+        return Tile(64, 32, 8, 1), 32
     return Tile(32, 16, 8, 1), 32 if pad <= 128 else 16
 
 
@@ -369,7 +380,7 @@ def branch_gradients(
     common = {
         "GROUP": s.per, "DIM": s.dim, "FEATURES": width, "REST": rest, "SHARED": branch.shared,
         "PAD": padded(s.dim), "TYPE": kind, "PRECISION": precision, "num_warps": t.warps, "num_stages": t.stages,
-    }  # fmt: skip
+    } | limits(arch)  # fmt: skip
     own = min(t.own, divisor(chunk, 1024))
     numbers = (s.rows, s.keys, chunk)
     if branch.fq.numel():
@@ -441,12 +452,12 @@ def variants(arch: str) -> Iterator[Variant]:
         label = f"{kind}-{dim}-{('left', 'both', 'lists')[rest - 1]}"
         rows = constants | {"BM": t.own, "BN": t.walk, "BF": bf}
         single = dict.fromkeys(("kv", "kv_after"), "*fp32")
-        yield describe(f"query-features-{label}", query_features_kernel, kind, rows, t.warps, t.stages, **single)
+        yield describe(arch, f"query-features-{label}", query_features_kernel, kind, rows, t.warps, t.stages, **single)
         keys = constants | {"AFTER": rest == BOTH, "BN": t.own, "BM": t.walk}
         single = {"dfk": "*fp32"} if rest == BOTH else {}
         yield describe(
-            f"key-features-{label}", key_features_kernel, kind, keys | {"BF": bf}, t.warps, t.stages, **single
+            arch, f"key-features-{label}", key_features_kernel, kind, keys | {"BF": bf}, t.warps, t.stages, **single
         )  # fmt: skip
         yield describe(
-            f"key-values-{label}", key_values_kernel, kind, keys | {"BF": min(bf, 32)}, t.warps, t.stages
+            arch, f"key-values-{label}", key_values_kernel, kind, keys | {"BF": min(bf, 32)}, t.warps, t.stages
         )  # fmt: skip

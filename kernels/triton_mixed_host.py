@@ -137,8 +137,13 @@ def feature_tile(features: Tensor | None) -> int:
     return 32 if features is None else min(32, max(16, triton.next_power_of_2(features.shape[3])))
 
 
+def limits(arch: str) -> dict[str, int]:
+    """Launch options: all registers that there are, or the assembler spills a few to fit more programs."""
+    return {} if arch.startswith("gfx") else {"maxnreg": 255}
+
+
 def describe(
-    name: str, function: Any, kind: str, constants: Mapping[str, Any], warps: int, stages: int, **types: str
+    arch: str, name: str, function: Any, kind: str, constants: Mapping[str, Any], warps: int, stages: int, **types: str
 ) -> Variant:
     """A `Variant`: pointers to inputs are of type `kind`, the rest as POINTERS and `types` say, or i32.
 
@@ -146,7 +151,7 @@ def describe(
     """
     known = {**dict.fromkeys(INPUTS, f"*{kind}"), **POINTERS, **types}
     signature = {x: known.get(x, "i32") for x in function.arg_names if x not in constants}
-    return Variant(name, function, signature, dict(constants), warps, stages)
+    return Variant(name, function, signature, dict(constants), warps, stages, limits(arch))
 
 
 INPUTS = ("q", "k", "v", "o", "do", "dq", "dk", "dv", "extra_k", "extra_v", "fq", "fk", "dfq", "dfk", "linear")

@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import Blocks, Branch, Ranges, Softmax
-from .triton_common import Variant
-from .triton_mixed_host import branch_kind, branch_type, cumulative, describe, lists_of, sizes_of, strides
+from .triton_common import Variant, architecture
+from .triton_mixed_host import branch_kind, branch_type, cumulative, describe, limits, lists_of, sizes_of, strides
 from .triton_mixed_tiles import sequence, window_of
 
 BLOCKS, BEFORE, AFTER = 0, 1, 2  # pieces: plain blocks, what windows leave on the left, on the right
@@ -298,7 +298,7 @@ def tile_sums(
         *strides(values), p.q.shape[2], chunk, count, s.rows, s.keys, branches, s.groups, DIM=s.dim, FEATURES=width,
         GROUP=1 if rows is None else s.per, PIECES=pieces, ROWS=rows is not None,
         BRANCH_VALUES=rows is not None and not branch.shared, BT=t.tokens, BF=bf, BD=bd, TYPE=kind,
-        PRECISION=precision, num_warps=t.warps, num_stages=t.stages,
+        PRECISION=precision, num_warps=t.warps, num_stages=t.stages, **limits(arch),
     )  # fmt: skip
     return States(kv, z, chunk)
 
@@ -324,7 +324,7 @@ def scanned(
         state = state.contiguous()
     scan_kernel[grid](
         x.kv, x.z, kv, z, state, final, *strides(state), count, branches, DIM=dim, FEATURES=width, REVERSE=reverse,
-        BLOCK=BLOCK, STEP=STEP, num_warps=4,
+        BLOCK=BLOCK, STEP=STEP, num_warps=4, **limits(architecture()),
     )  # fmt: skip
     return States(kv, z, x.chunk)
 
@@ -340,7 +340,8 @@ def unlisted(p: Softmax) -> Tensor:
     grid = (blocks, b * h)
     if blocks and given.columns is not None and given.columns.numel():
         unlist_kernel[grid](
-            given.starts, given.counts, given.columns, left, blocks, left.shape[2], BLOCK=128, num_warps=4
+            given.starts, given.counts, given.columns, left, blocks, left.shape[2], BLOCK=128, num_warps=4,
+            **limits(architecture()),
         )  # fmt: skip
     return left
 
@@ -368,7 +369,7 @@ def gathered(p: Softmax, branch: Branch, arch: str, x: States, left: Tensor, dty
             left, given, out, branch.groups, cu_q, cu_k, s.rows, s.keys, x.count, count, branch.fk.shape[1], s.groups,
             list_b, list_g, to, source, WIDTH=columns, BQ=bq, BK=bk, CAUSAL=p.causal, BACK=back, BM=t.features,
             BN=t.tokens, BW=t.values, TYPE=kind, SPLIT=split,
-            PRECISION=precision if given is x.kv else "ieee", num_warps=t.warps, num_stages=t.stages,
+            PRECISION=precision if given is x.kv else "ieee", num_warps=t.warps, num_stages=t.stages, **limits(arch),
         )  # fmt: skip
     return States(kv, z, bk if back else bq)
 
@@ -412,7 +413,7 @@ def variants(arch: str) -> Iterator[Variant]:
             } | dict.fromkeys(() if rows else ("gain", "shift")) | ({} if pieces else {"window": None})  # fmt: skip
             out = narrow if (rows, pieces) == (False, BLOCKS) else "*fp32"
             name = f"mixed-sums-{kind}-{dim}-{('blocks', 'before', 'after')[pieces]}{'-rows' if rows else ''}"
-            yield describe(name, sums_kernel, kind, constants, t.warps, t.stages, out=out, shift="*fp32")
+            yield describe(arch, name, sums_kernel, kind, constants, t.warps, t.stages, out=out, shift="*fp32")
         for sums in dict.fromkeys((narrow, "*fp32")):
             half, split = kind == "bf16", kind == "bf16" and sums == "*fp32"
             x = gather_tiles(arch, half, split)
@@ -421,13 +422,13 @@ def variants(arch: str) -> Iterator[Variant]:
                 "BN": x.tokens, "BW": x.values, "TYPE": number, "SPLIT": split, "PRECISION": precision,
             }  # fmt: skip
             name = f"mixed-gather-{kind}-{dim}{'-split' if split else ''}"
-            yield describe(name, gather_kernel, kind, constants, x.warps, x.stages, sums=sums, out=sums)
+            yield describe(arch, name, gather_kernel, kind, constants, x.warps, x.stages, sums=sums, out=sums)
         for reverse in (False, True):
             constants = {"DIM": dim, "FEATURES": 2 * dim, "REVERSE": reverse, "BLOCK": BLOCK, "STEP": STEP}
             absent = {"state": None, "final": None} if reverse else {}
             out = "*fp32" if reverse else narrow
             yield describe(
-                f"mixed-scan-{kind}-{dim}{'-back' if reverse else ''}", scan_kernel, kind, constants | absent, 4, 3,
-                sums="*fp32", out=out,
+                arch, f"mixed-scan-{kind}-{dim}{'-back' if reverse else ''}", scan_kernel, kind,
+                constants | absent, 4, 3, sums="*fp32", out=out,
             )  # fmt: skip
-    yield describe("mixed-unlist", unlist_kernel, "bf16", {"BLOCK": 128}, 4, 3)
+    yield describe(arch, "mixed-unlist", unlist_kernel, "bf16", {"BLOCK": 128}, 4, 3)

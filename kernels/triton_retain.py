@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .problem import Retain
 from .triton_common import Variant, architecture
-from .triton_linear_host import describe
+from .triton_linear_host import describe, registers
 
 
 @triton.jit
@@ -276,11 +276,6 @@ def tiles(arch: str, dim: int, wide: bool, rows: int) -> tuple[int, int, int]:
     if wide or rows <= 16:
         return 16, 32, 8
     return 32, 32, 8
-
-
-def registers(arch: str) -> dict[str, Any]:
-    """All that a thread may have: left alone, ptxas saves them in a kernel of this size, and spills."""
-    return {} if arch.startswith("gfx") else {"maxnreg": 255}
 
 
 def retain(p: Retain) -> tuple[Tensor, tuple[Tensor, ...]]:

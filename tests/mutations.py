@@ -278,4 +278,86 @@ TRITON = (
     ),
 )
 
-MUTATIONS = TORCH + TRITON
+
+FORWARD = "mixed_attention_is_the_definition or every_length"
+
+
+def _cpp(name, file, old, new, select):
+    select = f"({select}) and not emulated"  # one instruction set: what is built is built for the mutation alone
+    return Mutation(name=name, file=f"kernels/{file}", old=old, new=new, tests="test_cpp.py", select=select)
+
+
+CPP = (
+    _cpp(
+        "what the softmax holds is not scaled down to a new maximum in C++",
+        "cpp/softmax.h",
+        "        l *= shrink;\n        scale_by(o, shrink, d);\n",
+        "        l *= shrink;\n",
+        FORWARD,
+    ),
+    _cpp(
+        "the window starts one key late in C++",
+        "cpp/problem.h",
+        "std::max<int64_t>(0, i - w + 1)",
+        "std::max<int64_t>(0, i - w + 2)",
+        FORWARD,
+    ),
+    _cpp(
+        "keys that are not valid are attended to in C++",
+        "cpp/softmax.h",
+        "bits[w] = range_bits(c, low, high) & real[c / 32];",
+        "bits[w] = range_bits(c, low, high);",
+        FORWARD,
+    ),
+    _cpp(
+        "an extra key within the window counts twice in C++",
+        "cpp/softmax.h",
+        "at[j] <= i - x.w ||",
+        "at[j] <= i ||",
+        FORWARD,
+    ),
+    _cpp(
+        "a partial block is read at the row of another head in C++",
+        "cpp/softmax.h",
+        "const int64_t r = (t / x.G) % a.block_q,",
+        "const int64_t r = t % a.block_q,",
+        FORWARD,
+    ),
+    _cpp(
+        "query heads read those of another group in C++",
+        "cpp/softmax.h",
+        "a.q.at(x.s.b, x.g * x.G + t % x.G, x.s.q0 + t / x.G)",
+        "a.q.at(x.s.b, t % x.G, x.s.q0 + t / x.G)",
+        FORWARD,
+    ),
+    _cpp(
+        "the gradient of the logits leaves out what the normaliser gives in C++",
+        "cpp/softmax_backward.h",
+        "sub(load(t + j), less)",
+        "load(t + j)",
+        "gradients_are_those_of_the_definition",
+    ),
+    _cpp(
+        "the branch covers a key of the window in C++",
+        "cpp/branch.h",
+        "clamp(at - w.w + 1, 0, K)",
+        "clamp(at - w.w + 2, 0, K)",
+        FORWARD,
+    ),
+    _cpp(
+        "one slot too few of a cache is used in C++",
+        "cpp/decode.cpp",
+        "std::min(c + PIECE, a.parts[n].used)",
+        "std::min(c + PIECE, a.parts[n].used - 1)",
+        "decode_is_the_definition",
+    ),
+    _cpp(
+        "scores begin one row too late in C++",
+        "cpp/retain.cpp",
+        "at - a.window / 2 + 1",
+        "at - a.window / 2",
+        "retention_is_the_definition",
+    ),
+)
+
+MUTATIONS = TORCH + TRITON + CPP

@@ -30,8 +30,13 @@ def device():
 
 def check_step(p):
     here = cases.on(p, "cpu")
-    o = backend.decode(p)
-    cases.assert_close(o, cases.decode_reference(cases.double(here)), cases.decode_reference(here))
+    o, received = backend.decode(p)
+    exact, plain = (cases.decode_reference(x, received=True) for x in (cases.double(here), here))
+    cases.assert_close(o, exact[0], plain[0])
+    assert len(received) == sum(part.late is not None for part in p.parts) == len(exact[1])
+    for got, x, y in zip(received, exact[1], plain[1], strict=True):
+        assert got.dtype == torch.float32
+        cases.assert_close(got, x, y, name="received", dtype=p.q.dtype)
     return o
 
 
@@ -46,8 +51,15 @@ def check_step(p):
             "sizes": ((1, 40), (2, 7), (1, 3)),
             "kinds": ("cache", "hybrid", "linear"),
         },
-        {"dim": 64, "softcap": 3.0, "sink_logits": True, "sizes": ((2, 70), (1, 1)), "kinds": ("hybrid", "linear")},
-        {"dim": 72, "per": 8, "dtype": torch.bfloat16},
+        {
+            "dim": 64,
+            "late": True,
+            "softcap": 3.0,
+            "sink_logits": True,
+            "sizes": ((2, 70), (1, 1)),
+            "kinds": ("hybrid", "linear"),
+        },
+        {"dim": 72, "per": 8, "late": True, "dtype": torch.bfloat16},
         {"dim": 24, "per": 17, "dtype": torch.float16, "masked": False, "sizes": ((1, 65),), "kinds": ("cache",)},
     ],
     ids=str,
@@ -74,9 +86,9 @@ def test_long_caches_are_cut_and_merged(seed, device):
 def test_a_step_without_any_key_gives_zero(seed, device):
     p = cases.decode_case(cases.generator(seed), sizes=((2, 9),), kinds=("cache",), device=device)
     part = dataclasses.replace(p.parts[0], mask=torch.zeros_like(p.parts[0].mask))
-    assert (backend.decode(dataclasses.replace(p, parts=(part,))) == 0).all()
+    assert (backend.decode(dataclasses.replace(p, parts=(part,)))[0] == 0).all()
     part = dataclasses.replace(p.parts[0], used=0)
-    assert (backend.decode(dataclasses.replace(p, parts=(part,))) == 0).all()
+    assert (backend.decode(dataclasses.replace(p, parts=(part,)))[0] == 0).all()
 
 
 def test_large_logits_stay_finite(seed, device):
@@ -96,12 +108,12 @@ def test_views_of_a_cache_and_a_growing_number_of_slots(seed, device):
 
 def test_the_result_of_a_sequence_is_its_own(seed, device):
     p = cases.decode_case(cases.generator(seed), batch=3, device=device)
-    o = backend.decode(p)
+    o, _ = backend.decode(p)
     names = ("k", "v", "mask", "fq", "state")
     parts = tuple(
         dataclasses.replace(x, **{n: getattr(x, n)[1:2] for n in names if getattr(x, n) is not None}) for x in p.parts
     )
-    assert torch.equal(backend.decode(dataclasses.replace(p, q=p.q[1:2], parts=parts)), o[1:2])
+    assert torch.equal(backend.decode(dataclasses.replace(p, q=p.q[1:2], parts=parts))[0], o[1:2])
 
 
 # ------------------------------------------------------------------------------------------------------------ retention

@@ -36,10 +36,10 @@ INLINE void dots(const float* q, const float* const* k, int64_t n, float* s, int
         for (int64_t i = 0; i < d; i += W) {
             V x[N];
             for (int h = 0; h < N; h++) x[h] = load(q + h * d + i);
-#pragma GCC unroll 4
+UNROLL
             for (int e = 0; e < 4; e++) {
                 const V y = load(k[j + e] + i);
-#pragma GCC unroll 4
+UNROLL
                 for (int h = 0; h < N; h++) acc[h][e] = fma(x[h], y, acc[h][e]);
             }
         }

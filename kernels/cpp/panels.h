@@ -78,7 +78,11 @@ inline Pool& pool() {
 // A piece of it, aligned to 64 bytes and not initialised.
 class Buffer {
    public:
-    explicit Buffer(int64_t floats) : bytes_(floats * 4 + 64), p_(pool().take(bytes_)) {}
+    explicit Buffer(int64_t floats) : bytes_(floats * 4 + 64), p_(pool().take(bytes_)) {
+#if defined(ATTNCONVERT_POISON)
+        std::memset(p_, 0xff, bytes_);  // NaN: what is read before it is written shows
+#endif
+    }
     ~Buffer() { pool().give(p_, bytes_); }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
@@ -128,26 +132,26 @@ template <class Op, int N>
 INLINE void tile(int64_t depth, const float* a, int64_t row, int64_t step, const float* b, int64_t width, float* c,
                  int64_t ldc, bool accumulate) {
     V acc[MR][N];
-#pragma GCC unroll 8
+UNROLL
     for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
+UNROLL
         for (int j = 0; j < N; j++) acc[i][j] = accumulate ? load(c + i * ldc + j * W) : zero();
     for (int64_t k = 0; k < depth; k++) {
         V right[N];
-#pragma GCC unroll 4
+UNROLL
         for (int j = 0; j < N; j++) right[j] = load(b + j * W);
-#pragma GCC unroll 8
+UNROLL
         for (int i = 0; i < MR; i++) {
             const V left = Op::broadcast(a + i * row);
-#pragma GCC unroll 4
+UNROLL
             for (int j = 0; j < N; j++) acc[i][j] = Op::step(left, right[j], acc[i][j]);
         }
         a += step;
         b += width;
     }
-#pragma GCC unroll 8
+UNROLL
     for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
+UNROLL
         for (int j = 0; j < N; j++) store(c + i * ldc + j * W, acc[i][j]);
 }
 
