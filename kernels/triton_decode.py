@@ -273,7 +273,8 @@ def decode(p: Decode) -> tuple[Tensor, list[Tensor]]:
         p.q, given, _table(tuple(lines), p.q.device), out if p.sink_logits is None else p.sink_logits, partial, sums,
         lse, p.q.stride(0), p.q.stride(1), given.stride(0), given.stride(1), p.scale, p.softcap, groups, dim, size,
         *used, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), BN=bn, BD=bd, BF=bf,
-        SINK=p.sink_logits is not None, SPLIT=pieces > 1, LINEAR=fq is not None, PRECISION="ieee", num_warps=warps, num_stages=2,
+        SINK=p.sink_logits is not None, SPLIT=pieces > 1, LINEAR=fq is not None, PRECISION="ieee",
+        num_warps=warps, num_stages=2,
     )  # fmt: skip
     if pieces > 1:
         _merge[(batch * heads,)](partial, sums, out, lse, pieces, dim, BD=bd, BP=16, num_warps=4)
@@ -333,7 +334,7 @@ def variants(arch: str) -> Iterator[Variant]:
                 "table": "*i64",
                 "sink": "*fp32",
                 "out": partial,
-                "sums": "*fp32",
+                **dict.fromkeys(("sums", "lse"), "*fp32"),
             }
             types |= {"scale": "fp32", "cap": "fp32"}
             label = f"decode {name} {bd}{' split' * split}"

@@ -9,36 +9,28 @@ as if it were a first tile whose maximum is c + log A[D]. So the two are never s
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .problem import EPS, Blocks, Branch, Mixed, Ranges, Softmax
-from .triton_common import Variant, architecture, interpreted
+from .triton_common import architecture, interpreted
 from .triton_mixed_host import (
-    KINDS,
     Sizes,
-    Tile,
-    branch_kind,
     branch_type,
     bytes_of,
     cumulative,
-    describe,
-    divisor,
     dot_precision,
     feature_tile,
+    like,
     limits,
     lists_of,
-    padded,
     sizes_of,
     strides,
 )
 from .triton_mixed_masks import beyond, key_runs, near, pattern_bits, whole_entries
+from .triton_mixed_shapes import Tile, padded, tile_for
 from .triton_mixed_states import States, key_states
 from .triton_mixed_tiles import FAR, HOLE, INF, LN2, LOG2E, alive_tile, sequence, softcapped, tile, window_of
 
@@ -119,7 +111,12 @@ def read_triangle(
     return acc, den
 
 
-@triton.jit(do_not_specialize=["rows", "keys", "blocks", "extras", "chunk", "chunks", "list_b", "list_g", "branches"])
+# What a length decides is no reason to compile again.
+@triton.jit(
+    do_not_specialize=[
+        "rows", "keys", "extras", "chunk", "chunks", "list_b", "list_g", "branches", "lse_n", "valid_b", "linear_n"
+    ]
+)  # fmt: skip
 def forward_kernel(
     q, k, v, o, lse, window, starts, counts, columns, kinds, patterns, valid, extra_k, extra_v, extra_at, sink_logits,
     cu_q, cu_k, group_map, fq, fk, weight, kv, z, kv_after, z_after, linear, den_out,
@@ -355,46 +352,6 @@ def forward_kernel(
 
 # --------------------------------------------------------------------------------------------------------- on the host
 
-LARGE = {  # the tile for many rows, by architecture, half precision and padded head dimension
-    ("sm_80", True): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
-    ("sm_89", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
-    ("sm_90", True): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
-    ("sm_100", True): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
-    ("gfx942", True): {64: Tile(128, 64, 8, 1), 128: Tile(128, 32, 8, 1), 256: Tile(64, 32, 8, 1)},
-    ("sm_80", False): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
-    ("sm_89", False): {64: Tile(64, 32, 4, 2), 128: Tile(64, 16, 8, 1), 256: Tile(32, 16, 8, 1)},
-    ("sm_90", False): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
-    ("sm_100", False): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
-    ("gfx942", False): {64: Tile(64, 32, 4, 1), 128: Tile(64, 16, 8, 1), 256: Tile(32, 16, 8, 1)},
-}
-
-
-BRANCHED = {("sm_80", True): {128: Tile(128, 32, 8, 3)}}  # where a branch or single masked keys take registers
-
-
-def configurations(arch: str, dim: int, half: bool, full: bool) -> tuple[Tile, ...]:
-    """The tiles for many rows down to those for few; `full` problems have a branch or mask single keys of a block."""
-    pad = max(64, padded(dim))
-    large = LARGE[arch, half][pad]
-    if full:
-        large = BRANCHED.get((arch, half), {}).get(pad, large)
-    middle = Tile(64, large.walk, 4, large.stages) if half and pad <= 128 else Tile(64, large.walk, 8, large.stages)
-    small = [Tile(own, min(large.walk, 32), 4 if pad <= 128 else 8, min(large.stages, 2)) for own in (32, 16)]
-    return (large, *(x for x in (middle, *small) if x.own < large.own))
-
-
-def tile_for(p: Softmax, arch: str, full: bool) -> Tile:
-    """The largest tile that the rows fill; a tile lies within one query block of the lists."""
-    options = configurations(arch, p.q.shape[3], p.q.dtype != torch.float32, full)
-    most = options[0].own if p.varlen is not None else p.q.shape[2]  # packed: whatever the other sequences are
-    rows = max(16, triton.next_power_of_2(most))
-    walk = options[0].walk
-    if isinstance(p.where, Blocks):
-        rows = min(rows, divisor(p.where.block[0], 1024))
-        walk = divisor(p.where.block[1], 1024)
-    chosen = next(x for x in options if x.own <= rows or x is options[-1])
-    return Tile(chosen.own, min(chosen.walk, walk), chosen.warps, chosen.stages)
-
 
 def refuses(function: str, problem: object) -> str | None:
     """Why this back end cannot compute it, or None."""
@@ -417,7 +374,7 @@ def refuses(function: str, problem: object) -> str | None:
 def mixed_forward(p: Softmax, branch: Branch | None, *, config: Tile | None = None, chunk: int | None = None) -> Mixed:
     """As in `problem`. `config` and `chunk` replace the tile and the rows per state, for tests."""
     s, arch = sizes_of(p), architecture()
-    o = torch.empty_like(p.q)
+    o = like(p.q)
     lse = torch.empty(p.q.shape[:3], dtype=torch.float32, device=p.q.device)
     linear = den = final = None
     if branch is not None and not branch.shared:
@@ -429,13 +386,13 @@ def mixed_forward(p: Softmax, branch: Branch | None, *, config: Tile | None = No
             if x is not None:
                 x.zero_()
     sides: list[States] = []
-    if branch is not None:
-        kind, _ = branch_type(branch.fq, branch.fk, p.v)
-        narrow = torch.bfloat16 if kind == tl.bfloat16 else torch.float32
-        sides, final = key_states(p, branch, arch, narrow, chunk)
-    full = branch is not None or (isinstance(p.where, Blocks) and p.where.kinds is not None)
-    if p.q.numel():
-        _launch(p, branch, s, config or tile_for(p, arch, full), sides, (o, lse, linear, den))
+    with torch.cuda.device_of(p.q):
+        if branch is not None:
+            kind, _ = branch_type(branch.fq, branch.fk, p.v)
+            narrow = torch.bfloat16 if kind == tl.bfloat16 else torch.float32
+            sides, final = key_states(p, branch, arch, narrow, chunk)
+        if p.q.numel():
+            _launch(p, branch, s, config or tile_for(p, arch), sides, (o, lse, linear, den))
     return Mixed(o=o, lse=lse, linear=linear, den=den, state=final)
 
 
@@ -470,47 +427,4 @@ def _launch(
         BK=lists.block[1], BM=t.own, BN=t.walk, BF=feature_tile(fq), BE=16, PAD=padded(s.dim), TYPE=kind,
         PRECISION=dot_precision(p.q.dtype), BRANCH_PRECISION=precision, num_warps=t.warps,
         num_stages=t.stages, **limits(architecture()),
-    )  # fmt: skip
-
-
-OPTIONS = ("kinds", "patterns", "valid", "extra_k", "extra_v", "extra_at", "sink_logits", "cu_q", "cu_k")
-CASES: tuple[tuple[str, dict[str, Any], int, tuple[str, ...], bool], ...] = (
-    # name, constants that differ, branch, optional tensors that are there, also for the small tiles
-    ("causal", {"CAUSAL": True}, NONE, (), True),
-    ("causal-shared", {"CAUSAL": True, "SOFTCAP": True}, SHARED, OPTIONS[2:], False),
-    ("window-separate", {"REST": BOTH}, SEPARATE, OPTIONS[2:7], False),
-    ("blocks", {"RANGES": False, "REST": LISTS}, NONE, (), True),
-    ("blocks-separate", {"RANGES": False, "REST": LISTS}, SEPARATE, (), False),
-    ("partial-shared", {"RANGES": False, "REST": LISTS, "CAUSAL": True}, SHARED, (*OPTIONS[:3], *OPTIONS[6:]), True),
-)
-
-
-def variants(arch: str) -> Iterator[Variant]:
-    """What `mixed_forward` launches; the group size and the sizes of list blocks stand for all."""
-    for kind, dim in itertools.product(("bf16", "fp32"), (64, 128, 256)):
-        for name, differs, branch, there, small in CASES:
-            full = branch != NONE or "kinds" in there
-            for number, t in enumerate(configurations(arch, dim, kind != "fp32", full)):
-                if small or not number:
-                    yield _variant(arch, kind, dim, t, name, differs, branch, there)
-
-
-def _variant(
-    arch: str, kind: str, dim: int, t: Tile, name: str, differs: dict[str, Any], branch: int, there: tuple[str, ...]
-) -> Variant:
-    number, precision, states = branch_kind(arch, kind)
-    ranges = differs.get("RANGES", True)
-    absent = [x for x in OPTIONS if x not in there]
-    absent += ["starts", "counts", "columns"] if ranges else ["window"]
-    absent += [] if branch == SEPARATE else ["linear", "den_out"]
-    if branch == NONE:
-        absent += ["group_map", "fq", "fk", "kv", "z", "kv_after", "z_after"]
-    constants: dict[str, Any] = {
-        "GROUP": 4, "DIM": dim, "FEATURES": 2 * dim, "CAUSAL": False, "RANGES": True, "BRANCH": branch, "REST": BEFORE,
-        "SOFTCAP": False, "BQ": max(64, t.own), "BK": 64, "BM": t.own, "BN": t.walk, "BF": 32, "BE": 16,
-        "PAD": padded(dim), "TYPE": number, "PRECISION": dot_precision(KINDS[kind]), "BRANCH_PRECISION": precision,
-    } | differs | dict.fromkeys(absent if branch == SHARED else [*absent, "weight"])  # fmt: skip
-    label = f"mixed-forward-{name}-{kind}-{dim}-{t.own}x{t.walk}"
-    return describe(
-        arch, label, forward_kernel, kind, constants, t.warps, t.stages, kv=states, kv_after=states, lse_n="i32"
     )  # fmt: skip

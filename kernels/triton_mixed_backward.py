@@ -1,97 +1,31 @@
 """Mixed attention in Triton, backward: gradients of q, k, v and the further keys, without atomics.
 
 With p = e^{s − lse} and δ = do·o, the gradient of a logit is p (do·v − δ). Rows sum it into dq (`query_kernel`), keys
-into dk and dv over all query heads of their group (`key_kernel`); few further keys would be few programs, so there
-rows are split and a second pass adds the parts (`extra_kernel`). The linear branch is in `triton_mixed_branch`.
+into dk and dv over all query heads of their group (`key_kernel`). Further keys are in `triton_mixed_extra`, the linear
+branch in `triton_mixed_branch`.
 """
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
-
-import itertools
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .problem import EPS, Blocks, Branch, Mixed, MixedGradients, Ranges, Softmax
-from .triton_common import Variant, architecture
+from .problem import Blocks, Branch, Mixed, MixedGradients, Ranges, Softmax
+from .triton_common import architecture
 from .triton_mixed_branch import branch_gradients
-from .triton_mixed_host import (
-    Tile,
-    bytes_of,
-    cumulative,
-    describe,
-    divisor,
-    dot_precision,
-    limits,
-    lists_of,
-    padded,
-    sizes_of,
-    strides,
-)
+from .triton_mixed_delta import delta_of
+from .triton_mixed_extra import extra_gradients
+from .triton_mixed_host import bytes_of, cumulative, dot_precision, like, limits, lists_of, sizes_of, strides
 from .triton_mixed_masks import beyond, early_entries, key_runs, near, pattern_bits, row_runs, whole_entries
+from .triton_mixed_shapes import Tile, fitted, half_of, key_tile, padded, query_tile
+from .triton_mixed_steps import key_step, logit_gradient
 from .triton_mixed_tiles import FAR, HOLE, INF, LOG2E, alive_tile, sequence, softcapped, tile, window_of
 
-FLOOR = tl.constexpr(EPS)
-MOST = tl.constexpr(100.0)  # log 2 of the largest gain: where the branch has any part, it is below 1 / A[D]
 
-
-@triton.jit
-def delta_kernel(
-    o, do, lse, group_map, weight, den, delta, gain, offset, rows, o_b, o_h, o_n, do_b, do_h, do_n, branch_heads,
-    GROUP: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, BRANCH: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """δ = do·o of each row; where a branch is, `gain` a and `offset` −aδ as well.
-
-    BRANCH 1: under the normaliser of the softmax, a = e^{c − lse}; 2: o is the branch's own, a = 1 / (den + EPS).
-    """
-    first = tl.program_id(0) * BM
-    h = tl.program_id(1)
-    b = tl.program_id(2)
-    heads = tl.num_programs(1)
-    row = tl.arange(0, BM)
-    column = tl.arange(0, PAD)
-    live = first + row < rows
-    x = tile(o + b * o_b.to(tl.int64) + h * o_h.to(tl.int64), first, o_n, row, column, rows, DIM, True)
-    y = tile(do + b * do_b.to(tl.int64) + h * do_h.to(tl.int64), first, do_n, row, column, rows, DIM, True)
-    d = tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
-    at = (b * heads + h).to(tl.int64) * rows + first + row
-    tl.store(delta + at, d, mask=live)
-    if BRANCH == 1:
-        t = tl.load(group_map + h // GROUP)
-        if t >= 0:
-            head = t * GROUP + h % GROUP
-            top = tl.load(lse + at, mask=live, other=-INF)
-            a = tl.exp2(tl.minimum((tl.load(weight + head) - top) * LOG2E, MOST))
-            a = tl.where(top == -INF, 0.0, a)
-            to = (b * branch_heads + head).to(tl.int64) * rows + first + row
-            tl.store(gain + to, a, mask=live)
-            tl.store(offset + to, -a * d, mask=live)
-    if BRANCH == 2:
-        a = 1.0 / (tl.load(den + at, mask=live, other=1.0) + FLOOR)
-        tl.store(gain + at, a, mask=live)
-        tl.store(offset + at, -a * d, mask=live)
-
-
-@triton.jit
-def logit_gradient(s, dp, lse, delta, unit, softcap, SOFTCAP: tl.constexpr):
-    """Probabilities and gradients of the logits before the cap; lse and delta broadcast against s.
-
-    `s` is −inf where nothing is attended; the slope of the cap is 1 − (s / cap)².
-    """
-    p = tl.exp2(s * unit - lse)
-    ds = p * (dp - delta)
-    if SOFTCAP:
-        ratio = tl.where(s == -INF, 0.0, s / softcap)
-        ds = ds * (1.0 - ratio * ratio)
-    return p, ds
-
-
-@triton.jit(do_not_specialize=["rows", "keys", "extras", "list_b", "list_g"])
+@triton.jit(do_not_specialize=["rows", "keys", "extras", "list_b", "list_g", "lse_n", "valid_b"])
 def query_kernel(
     q, k, v, do, dq, lse, delta, window, starts, counts, columns, kinds, patterns, valid, extra_k, extra_v, extra_at,
     cu_q, cu_k, scale, softcap, rows, keys, extras, list_b, list_g, lse_n, valid_b,
@@ -249,31 +183,7 @@ def query_kernel(
     )
 
 
-@triton.jit
-def key_step(
-    dk, dv, kt, vt, q_base, do_base, lse_at, delta_at, first, row, stop, q_n, do_n, column, seen, unit, scale, softcap,
-    DIM: tl.constexpr, MASK: tl.constexpr, TAIL: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of rows first + row < stop joins dk and dv; `seen` (keys, rows) where MASK."""
-    qt = tile(q_base, first, q_n, row, column, stop, DIM, TAIL)
-    s = tl.dot(kt, tl.trans(qt), input_precision=PRECISION)
-    if SOFTCAP:
-        s = softcapped(s * scale, softcap)
-    if MASK:
-        s = tl.where(seen, s, -INF)
-    live = first + row < stop
-    top = tl.load(lse_at + first + row, mask=live, other=INF)
-    top = tl.where(top == -INF, INF, top * LOG2E)[None, :]
-    d = tl.load(delta_at + first + row, mask=live, other=0.0)[None, :]
-    dot = tile(do_base, first, do_n, row, column, stop, DIM, TAIL)
-    dp = tl.dot(vt, tl.trans(dot), input_precision=PRECISION)
-    p, ds = logit_gradient(s, dp, top, d, unit, softcap, SOFTCAP)
-    dv = tl.dot(p.to(dot.dtype), dot, dv, input_precision=PRECISION)
-    dk = tl.dot(ds.to(qt.dtype), qt, dk, input_precision=PRECISION)
-    return dk, dv
-
-
-@triton.jit(do_not_specialize=["rows", "keys", "list_b", "list_g", "branches"])
+@triton.jit(do_not_specialize=["rows", "keys", "list_b", "list_g", "branches", "lse_n", "valid_b"])
 def key_kernel(
     q, k, v, do, dk, dv, lse, delta, window, starts, counts, columns, kinds, patterns, valid, cu_q, cu_k, group_map,
     branch_dv, scale, softcap, rows, keys, list_b, list_g, lse_n, valid_b, branches,
@@ -394,113 +304,7 @@ def key_kernel(
     tl.store(base + (lane[:, None] * dv_n + column[None, :]), acc_v.to(dv.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["rows", "keys", "extras", "span"])
-def extra_kernel(
-    q, do, lse, delta, window, extra_k, extra_v, extra_at, part_k, part_v, scale, softcap, rows, keys, extras, span,
-    groups, lse_n, q_b, q_h, q_n, do_b, do_h, do_n, ek_b, ek_h, ek_n, ev_b, ev_h, ev_n,
-    GROUP: tl.constexpr, DIM: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, BE: tl.constexpr,
-    BM: tl.constexpr, PAD: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What `span` rows add to the gradients of BE further keys: parts (splits, B, Hk, P, D) fp32."""
-    split = tl.program_id(0)
-    e = tl.program_id(1) * BE
-    g = tl.program_id(2) % groups
-    b = tl.program_id(2) // groups
-    slot = tl.arange(0, BE)
-    row = tl.arange(0, BM)
-    column = tl.arange(0, PAD)
-    shift = keys - rows
-    place = b * groups + g
-    w = window_of(window, g)
-    at = tl.load(extra_at + place * extras + e + slot, mask=e + slot < extras, other=HOLE)
-    real = at != HOLE
-    kt = alive_tile(extra_k + b * ek_b.to(tl.int64) + g * ek_h.to(tl.int64), e, ek_n, slot, column, real, DIM)
-    vt = alive_tile(extra_v + b * ev_b.to(tl.int64) + g * ev_h.to(tl.int64), e, ev_n, slot, column, real, DIM)
-    unit = scale * LOG2E
-    if SOFTCAP:
-        unit = unit * 0.0 + LOG2E
-    acc_k = tl.zeros((BE, PAD), tl.float32)
-    acc_v = tl.zeros((BE, PAD), tl.float32)
-    begin = split * span
-    tiles = tl.cdiv(tl.maximum(tl.minimum(rows - begin, span), 0), BM)
-    tiles = tl.where(w < FAR, tiles, 0)
-    for y in range(tiles * GROUP):
-        h = g * GROUP + (y // tiles).to(tl.int64)
-        r0 = begin + y % tiles * BM
-        i = r0 + shift + row
-        seen = beyond(i[None, :], at[:, None], w, CAUSAL)
-        q_base = q + b * q_b.to(tl.int64) + h * q_h
-        do_base = do + b * do_b.to(tl.int64) + h * do_h
-        line = (b * groups * GROUP + h) * lse_n
-        acc_k, acc_v = key_step(
-            acc_k, acc_v, kt, vt, q_base, do_base, lse + line, delta + line, r0, row, rows, q_n, do_n, column, seen,
-            unit, scale, softcap, DIM, True, True, SOFTCAP, PRECISION,
-        )  # fmt: skip
-    to = (split * tl.num_programs(2) + place).to(tl.int64) * extras + e
-    to = to * DIM + (slot[:, None] * DIM + column[None, :])
-    live = (e + slot < extras)[:, None] & (column < DIM)[None, :]
-    tl.store(part_k + to, acc_k * scale, mask=live)
-    tl.store(part_v + to, acc_v, mask=live)
-
-
 # --------------------------------------------------------------------------------------------------------- on the host
-
-QUERY = {  # rows, keys of a step, warps, stages of `query_kernel`
-    ("sm_80", True): {64: Tile(128, 32, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 4, 1)},
-    ("sm_89", True): {64: Tile(128, 32, 8, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 4, 1)},
-    ("sm_90", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
-    ("sm_100", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-    ("gfx942", True): {64: Tile(128, 32, 8, 1), 128: Tile(64, 32, 4, 1), 256: Tile(64, 16, 8, 1)},
-    ("sm_80", False): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
-    ("sm_89", False): {64: Tile(64, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-    ("sm_90", False): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
-    ("sm_100", False): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
-    ("gfx942", False): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-}
-KEY = {  # keys, rows of a step, warps, stages of `key_kernel`
-    ("sm_80", True): {64: Tile(128, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
-    ("sm_89", True): {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
-    ("sm_90", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
-    ("sm_100", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
-    ("gfx942", True): {64: Tile(64, 32, 8, 1), 128: Tile(64, 16, 8, 1), 256: Tile(32, 16, 8, 1)},
-    ("sm_80", False): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-    ("sm_89", False): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-    ("sm_90", False): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-    ("sm_100", False): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-    ("gfx942", False): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-}
-SPAN = 512  # rows of one program of `extra_kernel`
-
-
-def half_of(p: Softmax) -> bool:
-    """Whether the matrix units multiply 16-bit numbers."""
-    return p.q.dtype != torch.float32
-
-
-def query_tile(arch: str, half: bool, pad: int) -> Tile:
-    """For `query_kernel`."""
-    return QUERY[arch, half][max(64, pad)]
-
-
-def key_tile(arch: str, half: bool, pad: int, full: bool, lists: bool = False) -> Tile:
-    """For `key_kernel`; `full` problems, which cap, pack, or mask single keys, need registers of their own."""
-    t = KEY[arch, half][max(64, pad)]
-    return Tile(min(t.own, 64), t.walk, t.warps, 1 if lists else t.stages) if full else t
-
-
-def fitted(t: Tile, p: Softmax, own: int) -> Tile:
-    """The tile of programs that own rows (0) or keys (1), cut to what the blocks of the lists allow."""
-    if isinstance(p.where, Ranges):
-        return t
-    tokens, steps = (divisor(p.where.block[x], 1024) for x in (own, 1 - own))
-    t = t if t.own <= tokens else smaller(t, tokens, padded(p.q.shape[3]))
-    return Tile(t.own, min(t.walk, steps), t.warps, t.stages)
-
-
-def smaller(t: Tile, own: int, pad: int) -> Tile:
-    """For blocks of fewer tokens than the tile has: 16, 32 or 64 of its own."""
-    own = min(own, 64 if pad <= 128 else 32)
-    return Tile(own, min(t.walk, 32), 8, t.stages)
 
 
 def mixed_backward(
@@ -514,61 +318,50 @@ def mixed_backward(
     chunk: int | None = None,
 ) -> MixedGradients:
     """As in `problem`. `config` and `chunk` replace the tiles and the rows per state, for tests."""
-    arch = architecture()
+    arch, packed = architecture(), p.varlen is not None  # packed rows and keys may belong to no sequence
     do, lse = _rows(do), out.lse.contiguous()
     delta = torch.empty(p.q.shape[:3], dtype=torch.float32, device=p.q.device)
-    gain = offset = shift = None
-    upstream = do
-    if branch is not None:
-        gain, offset = (torch.empty(branch.fq.shape[:3], dtype=torch.float32, device=p.q.device) for _ in range(2))
-        shift = delta
-    _delta(p, out.o, do, lse, delta, branch if branch is not None and branch.shared else None, gain, offset)
-    if branch is not None and not branch.shared:
-        assert out.linear is not None
-        assert out.den is not None
-        upstream = _rows(dlinear if dlinear is not None else torch.zeros_like(out.linear))
-        shift = torch.empty(branch.fq.shape[:3], dtype=torch.float32, device=p.q.device)
-        _delta(p, out.linear, upstream, out.den.contiguous(), shift, branch, gain, offset)
-    dfq = dfk = dv_branch = None
-    if branch is not None:
-        assert gain is not None
-        assert offset is not None
-        assert shift is not None
-        dfq, dfk, dv_branch = branch_gradients(p, branch, arch, upstream, gain, offset, shift, chunk)
-    # packed rows and keys may belong to no sequence
-    dq, dk, dv = (torch.empty_like(x) if p.varlen is None else torch.zeros_like(x) for x in (p.q, p.k, p.v))
-    _queries(p, arch, do, lse, delta, dq, config)
-    _keys(p, branch, arch, do, lse, delta, dk, dv, dv_branch, config)
-    dek, dev = _extras(p, arch, do, lse, delta)
+    dq, dk, dv = (like(x, packed) for x in (p.q, p.k, p.v))
+    dfq = dfk = more = None
+    with torch.cuda.device_of(p.q):
+        if branch is None:
+            delta_of(p, out.o, do, lse, delta)
+        else:
+            dfq, dfk, more = _branch(p, branch, arch, out, do, lse, delta, dlinear, chunk)
+        _queries(p, arch, do, lse, delta, dq, config)
+        _keys(p, branch, arch, do, lse, delta, dk, dv, more, config)
+        dek, dev = extra_gradients(p, arch, do, lse, delta)
     return MixedGradients(q=dq, k=dk, v=dv, extra_k=dek, extra_v=dev, fq=dfq, fk=dfk)
+
+
+def _branch(
+    p: Softmax,
+    branch: Branch,
+    arch: str,
+    out: Mixed,
+    do: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dlinear: Tensor | None,
+    chunk: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dφ(q), dφ(k) and the branch's part of dv; fills `delta` too."""
+    gain, offset = (torch.empty(branch.fq.shape[:3], dtype=torch.float32, device=p.q.device) for _ in range(2))
+    if branch.shared:
+        delta_of(p, out.o, do, lse, delta, branch, gain, offset)
+        return branch_gradients(p, branch, arch, do, gain, offset, delta, chunk)
+    assert out.linear is not None
+    assert out.den is not None
+    delta_of(p, out.o, do, lse, delta)
+    upstream = _rows(dlinear if dlinear is not None else torch.zeros_like(out.linear))
+    shift = torch.empty_like(gain)
+    delta_of(p, out.linear, upstream, out.den.contiguous(), shift, branch, gain, offset)
+    return branch_gradients(p, branch, arch, upstream, gain, offset, shift, chunk)
 
 
 def _rows(x: Tensor) -> Tensor:
     """Gradients may come expanded or transposed: the last axis has to be contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _delta(
-    p: Softmax,
-    o: Tensor,
-    do: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    branch: Branch | None,
-    gain: Tensor | None,
-    offset: Tensor | None,
-) -> None:
-    """`lse` is the denominator where o is the output of a branch of its own."""
-    b, heads, rows, dim = o.shape
-    mode = 0 if branch is None else 1 if branch.shared else 2
-    if not o.numel():
-        return
-    delta_kernel[triton.cdiv(rows, 64), heads, b](
-        o, do, lse, branch and branch.groups, branch and branch.weight, lse if mode == 2 else None, delta,
-        gain if mode else None, offset if mode else None, rows, *strides(o), *strides(do),
-        branch.fq.shape[1] if branch else 1, GROUP=sizes_of(p).per, DIM=dim, PAD=padded(dim), BRANCH=mode, BM=64,
-        num_warps=4, **limits(architecture()),
-    )  # fmt: skip
 
 
 def _queries(p: Softmax, arch: str, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, config: Tile | None) -> None:
@@ -619,75 +412,3 @@ def _keys(
         BN=t.own, BM=t.walk, PAD=padded(s.dim), PRECISION=dot_precision(p.q.dtype), STAGES=t.stages,
         num_warps=t.warps, num_stages=t.stages, **limits(arch),
     )  # fmt: skip
-
-
-def _extras(p: Softmax, arch: str, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    if p.extra is None:
-        return None, None
-    assert isinstance(p.where, Ranges)
-    s, x = sizes_of(p), p.extra
-    splits = max(1, triton.cdiv(s.rows, SPAN))
-    parts = [torch.empty(splits, *x.k.shape, dtype=torch.float32, device=p.q.device) for _ in range(2)]
-    t = key_tile(arch, half_of(p), padded(s.dim), True)
-    if x.k.numel():
-        extra_kernel[splits, triton.cdiv(x.at.shape[2], 16), s.groups * s.count](
-            p.q, do, lse, delta, p.where.window, x.k, x.v, x.at.contiguous(), *parts, p.scale, p.softcap or 1.0, s.rows,
-            s.keys, x.at.shape[2], SPAN, s.groups, p.q.shape[2], *strides(p.q), *strides(do), *strides(x.k),
-            *strides(x.v), GROUP=s.per, DIM=s.dim, CAUSAL=p.causal, SOFTCAP=p.softcap > 0, BE=16, BM=t.walk,
-            PAD=padded(s.dim), PRECISION=dot_precision(p.q.dtype), num_warps=4, num_stages=t.stages, **limits(arch),
-        )  # fmt: skip
-    return parts[0].sum(0).to(x.k.dtype), parts[1].sum(0).to(x.v.dtype)
-
-
-FEATURED = ("kinds", "patterns", "valid", "extra_k", "extra_v", "extra_at", "cu_q", "cu_k", "branch_dv", "group_map")
-LISTED = ("starts", "counts", "columns")
-
-
-def variants(arch: str) -> Iterator[Variant]:
-    """What `mixed_backward` launches besides the branch: plain, and with all that a problem may have."""
-    for kind, dim in itertools.product(("bf16", "fp32"), (64, 128, 256)):
-        base: dict[str, Any] = {
-            "GROUP": 4, "DIM": dim, "PAD": dim, "PRECISION": "ieee" if kind == "fp32" else "tf32", "BQ": 128, "BK": 128,
-        }  # fmt: skip
-        own = query_tile(arch, kind != "fp32", dim)
-        for ranges, full in itertools.product((True, False), (True, False)):
-            key = key_tile(arch, kind != "fp32", dim, full, not ranges)
-            absent = LISTED if ranges else ("window",)
-            if not full:
-                absent += FEATURED
-            absent += FEATURED[:2] if ranges else FEATURED[3:6]
-            differs = {"CAUSAL": ranges or full, "RANGES": ranges, "SOFTCAP": full} | dict.fromkeys(absent)
-            label = f"{kind}-{dim}-{'ranges' if ranges else 'blocks'}{'-full' if full else ''}"
-            for name, function, t, tiles in (
-                ("query", query_kernel, own, {"BM": own.own, "BN": own.walk, "BE": 16}),
-                ("key", key_kernel, key, {"BN": key.own, "BM": key.walk, "STAGES": key.stages}),
-            ):
-                constants = {x: y for x, y in (base | differs | tiles).items() if x in function.arg_names}
-                yield describe(arch, f"mixed-backward-{name}-{label}", function, kind, constants, t.warps, t.stages)
-            if full and not ranges:
-                yield from _small(arch, kind, dim, base | differs, label)
-        key = key_tile(arch, kind != "fp32", dim, True)
-        constants = base | {"CAUSAL": True, "SOFTCAP": True, "BE": 16, "BM": key.walk}
-        constants = {x: y for x, y in constants.items() if x in extra_kernel.arg_names}
-        yield describe(arch, f"mixed-backward-extra-{kind}-{dim}", extra_kernel, kind, constants, 4, key.stages)
-        for mode in (0, 1, 2):
-            absent = ("lse", "group_map", "weight") if mode == 2 else ("den",)
-            absent = (*absent, "group_map", "weight", "gain", "offset") if mode == 0 else absent
-            constants = {"GROUP": 4, "DIM": dim, "PAD": dim, "BRANCH": mode, "BM": 64} | dict.fromkeys(absent)
-            yield describe(arch, f"mixed-backward-delta-{kind}-{dim}-{mode}", delta_kernel, kind, constants, 4, 3)
-
-
-def _small(arch: str, kind: str, dim: int, given: dict[str, Any], label: str) -> Iterator[Variant]:
-    """Tiles of lists of small blocks."""
-    for own in (16, 32, 64)[: 3 if dim <= 128 else 2]:
-        for name, function, t in (
-            ("query", query_kernel, query_tile(arch, kind != "fp32", dim)),
-            ("key", key_kernel, key_tile(arch, kind != "fp32", dim, True, True)),
-        ):
-            if own < t.own:
-                t, more = smaller(t, own, dim), {"BQ": 64, "BK": 64, "BE": 16}
-                more |= {"BM": t.own, "BN": t.walk} if name == "query" else {"BN": t.own, "BM": t.walk, "STAGES": t.stages}
-                constants = {x: y for x, y in (given | more).items() if x in function.arg_names}
-                yield describe(
-                    arch, f"mixed-backward-{name}-{label}-{own}", function, kind, constants, t.warps, t.stages
-                )  # fmt: skip

@@ -9,30 +9,15 @@ states are fp32 and multiplied as two bf16 parts: do·v − δ is a difference o
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .problem import Blocks, Branch, Softmax
-from .triton_common import Variant
-from .triton_mixed_host import (
-    Tile,
-    branch_kind,
-    branch_type,
-    cumulative,
-    describe,
-    divisor,
-    limits,
-    padded,
-    sizes_of,
-    strides,
-)
-from .triton_mixed_states import BLOCKS, States, gathered, key_states, scanned, tile_sums, unlisted
+from .triton_mixed_host import branch_type, cumulative, like, limits, sizes_of, strides
+from .triton_mixed_shapes import Tile, divisor, padded
+from .triton_mixed_states import WHOLE, States, gathered, key_states, scanned, tile_sums, unlisted
 from .triton_mixed_tiles import FAR, alive_tile, sequence, tile, window_of
 
 BEFORE, BOTH, LISTS = 1, 2, 3  # REST, as in `triton_mixed`
@@ -83,7 +68,7 @@ def query_triangle(
     return acc
 
 
-@triton.jit(do_not_specialize=["rows", "keys", "chunk", "chunks", "branches"])
+@triton.jit(do_not_specialize=["rows", "keys", "chunk", "chunks", "branches", "delta_n"])
 def query_features_kernel(
     fk, v, upstream, gain, delta, kv, z, kv_after, z_after, dfq, window, group_map, cu_q, cu_k,
     rows, keys, chunk, chunks, branches, delta_n, fk_b, fk_h, fk_n, v_b, v_h, v_n, u_b, u_h, u_n, d_b, d_h, d_n,
@@ -188,7 +173,7 @@ def state_place(c, chunks, rows, chunk, REST: tl.constexpr, AFTER: tl.constexpr)
     return tl.minimum(tl.maximum(c + 1, 0), chunks - 1), c + 1 < used
 
 
-@triton.jit(do_not_specialize=["rows", "keys", "chunk", "chunks", "branches", "groups"])
+@triton.jit(do_not_specialize=["rows", "keys", "chunk", "chunks", "branches", "groups", "delta_n"])
 def key_features_kernel(
     v, fq, fk, upstream, gain, delta, state, state_z, dfk, window, group_map, cu_q, cu_k,
     rows, keys, chunk, chunks, branches, groups, delta_n, v_b, v_h, v_n, fq_b, fq_h, fq_n, fk_b, fk_h, fk_n,
@@ -263,7 +248,7 @@ def key_features_kernel(
         tl.store(base, acc.to(dfk.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["rows", "keys", "chunk", "chunks", "branches", "groups"])
+@triton.jit(do_not_specialize=["rows", "keys", "chunk", "chunks", "branches", "groups", "delta_n"])
 def key_values_kernel(
     fq, fk, upstream, gain, state, branch_dv, window, group_map, cu_q, cu_k,
     rows, keys, chunk, chunks, branches, groups, delta_n, dv_n, fq_b, fq_h, fq_n, fk_b, fk_h, fk_n, u_b, u_h, u_n,
@@ -370,7 +355,7 @@ def branch_gradients(
     kind, precision = branch_type(branch.fq, branch.fk, p.v, upstream)
     t, bf = branch_tiles(arch, kind == tl.bfloat16, padded(s.dim))
     fresh = torch.empty if p.varlen is None else torch.zeros
-    dfq = torch.empty_like(branch.fq) if p.varlen is None else torch.zeros_like(branch.fq)
+    dfq = like(branch.fq, p.varlen is not None)
     dfk = fresh(branch.fk.shape, dtype=torch.float32 if rest == BOTH else branch.fk.dtype, device=p.q.device)
     dv = fresh(p.k.shape[0], branches, p.k.shape[2], s.dim, dtype=torch.float32, device=p.q.device)
     left = unlisted(p) if lists else None
@@ -392,7 +377,7 @@ def branch_gradients(
     del sides
     row_chunk = p.where.block[0] if isinstance(p.where, Blocks) else chunk
     count = left.shape[1] if left is not None else max(1, triton.cdiv(s.rows, chunk))
-    sums = tile_sums(p, branch, arch, BLOCKS, row_chunk, count, torch.float32, (upstream, gain, offset))
+    sums = tile_sums(p, branch, arch, WHOLE, row_chunk, count, torch.float32, (upstream, gain, offset))
     if left is not None:
         passes = [(gathered(p, branch, arch, sums, left, torch.float32, True), False)]
     else:
@@ -438,26 +423,3 @@ def _key_side(
         *strides(branch.fq), *strides(branch.fk), *strides(upstream), AFTER=after, BN=own, BM=t.walk, BF=min(bf, 32),
         **common,
     )  # fmt: skip
-
-
-def variants(arch: str) -> Iterator[Variant]:
-    """What `branch_gradients` launches besides the states; two features for each number of a head."""
-    for kind, dim, rest in itertools.product(("bf16", "fp32"), (64, 128, 256), (BEFORE, BOTH, LISTS)):
-        number, precision, _ = branch_kind(arch, kind)
-        t, bf = branch_tiles(arch, kind == "bf16", dim)
-        constants: dict[str, Any] = {
-            "GROUP": 4, "DIM": dim, "FEATURES": 2 * dim, "REST": rest, "SHARED": True, "PAD": dim, "TYPE": number,
-            "PRECISION": precision, "cu_q": None, "cu_k": None,
-        } | ({"window": None} if rest == LISTS else {})  # fmt: skip
-        label = f"{kind}-{dim}-{('left', 'both', 'lists')[rest - 1]}"
-        rows = constants | {"BM": t.own, "BN": t.walk, "BF": bf}
-        single = dict.fromkeys(("kv", "kv_after"), "*fp32")
-        yield describe(arch, f"query-features-{label}", query_features_kernel, kind, rows, t.warps, t.stages, **single)
-        keys = constants | {"AFTER": rest == BOTH, "BN": t.own, "BM": t.walk}
-        single = {"dfk": "*fp32"} if rest == BOTH else {}
-        yield describe(
-            arch, f"key-features-{label}", key_features_kernel, kind, keys | {"BF": bf}, t.warps, t.stages, **single
-        )  # fmt: skip
-        yield describe(
-            arch, f"key-values-{label}", key_values_kernel, kind, keys | {"BF": min(bf, 32)}, t.warps, t.stages
-        )  # fmt: skip

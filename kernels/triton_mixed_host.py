@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,27 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import Blocks, Ranges, Softmax, Varlen
-from .triton_common import Variant
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Tokens of a program's own tile and of those it walks over, warps, pipeline stages."""
-
-    own: int
-    walk: int
-    warps: int
-    stages: int
-
-
-def padded(dim: int) -> int:
-    """The next power of two, at least what a matrix unit takes."""
-    return max(16, triton.next_power_of_2(dim))
-
-
-def divisor(number: int, most: int) -> int:
-    """The largest power of two up to `most` that divides `number`."""
-    return min(number & -number, most)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -46,6 +24,13 @@ def branch_type(*tensors: Tensor) -> tuple[Any, str]:
         return tl.bfloat16, "tf32"
     exact = any(x.dtype == torch.float32 for x in tensors) or torch.version.hip is not None
     return tl.float32, "ieee" if exact else "tf32"
+
+
+def like(x: Tensor, zero: bool = False) -> Tensor:
+    """An empty (or `zero`) tensor in the layout of x, its last axis contiguous even where x is expanded."""
+    y = torch.empty_like(x)
+    y = y if y.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return y.zero_() if zero else y
 
 
 def strides(x: Tensor | None, count: int = 3) -> tuple[int, ...]:
@@ -140,50 +125,3 @@ def feature_tile(features: Tensor | None) -> int:
 def limits(arch: str) -> dict[str, int]:
     """Launch options: all registers that there are, or the assembler spills a few to fit more programs."""
     return {} if arch.startswith("gfx") else {"maxnreg": 255}
-
-
-def describe(
-    arch: str, name: str, function: Any, kind: str, constants: Mapping[str, Any], warps: int, stages: int, **types: str
-) -> Variant:
-    """A `Variant`: pointers to inputs are of type `kind`, the rest as POINTERS and `types` say, or i32.
-
-    Optional tensors that `constants` does not set to None are there.
-    """
-    known = {**dict.fromkeys(INPUTS, f"*{kind}"), **POINTERS, **types}
-    signature = {x: known.get(x, "i32") for x in function.arg_names if x not in constants}
-    return Variant(name, function, signature, dict(constants), warps, stages, limits(arch))
-
-
-INPUTS = ("q", "k", "v", "o", "do", "dq", "dk", "dv", "extra_k", "extra_v", "fq", "fk", "dfq", "dfk", "linear")
-INPUTS += ("features", "values", "upstream")
-SINGLE = (
-    "lse",
-    "delta",
-    "gain",
-    "offset",
-    "weight",
-    "z",
-    "z_after",
-    "den_out",
-    "sink_logits",
-    "out_z",
-    "sums_z",
-    "state_z",
-    "state",
-)
-SINGLE += ("final", "den", "branch_dv", "part_k", "part_v")
-WHOLE = ("window", "starts", "counts", "columns", "kinds", "patterns", "extra_at", "cu_q", "cu_k", "group_map")
-POINTERS = {
-    **dict.fromkeys(SINGLE, "*fp32"),
-    **dict.fromkeys(WHOLE, "*i32"),
-    **dict.fromkeys(("valid", "left"), "*u8"),
-    **dict.fromkeys(("scale", "softcap"), "fp32"),
-}
-KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def branch_kind(arch: str, kind: str) -> tuple[Any, str, str]:
-    """As `branch_type`, for a type by name on an architecture, and the type of the states that forward reads."""
-    if kind == "bf16":
-        return tl.bfloat16, "tf32", "*bf16"
-    return tl.float32, "ieee" if kind == "fp32" or arch.startswith("gfx") else "tf32", "*fp32"

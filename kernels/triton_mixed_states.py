@@ -11,8 +11,6 @@ listed blocks with the features once more, subtracts nothing either, and gives z
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,24 +19,24 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import Blocks, Branch, Ranges, Softmax
-from .triton_common import Variant, architecture
-from .triton_mixed_host import branch_kind, branch_type, cumulative, describe, limits, lists_of, sizes_of, strides
+from .triton_common import architecture
+from .triton_mixed_host import branch_type, cumulative, limits, lists_of, sizes_of, strides
 from .triton_mixed_tiles import sequence, window_of
 
-BLOCKS, BEFORE, AFTER = 0, 1, 2  # pieces: plain blocks, what windows leave on the left, on the right
-IS_BEFORE, IS_AFTER = tl.constexpr(BEFORE), tl.constexpr(AFTER)
+WHOLE, LEFT, RIGHT = 0, 1, 2  # pieces: plain blocks, what windows leave on the left, on the right
+IS_LEFT, IS_RIGHT = tl.constexpr(LEFT), tl.constexpr(RIGHT)
 ROOM = 2**30  # numbers of states from which chunks grow to 256 rows
 
 
 @triton.jit
 def piece(index, chunk, w, rows, keys, tokens, PIECES: tl.constexpr):
-    """First token and end of piece `index`, which state `index` is the first (AFTER: the last) to hold."""
-    if PIECES == IS_BEFORE:
+    """First token and end of piece `index`, which state `index` is the first (RIGHT: the last) to hold."""
+    if PIECES == IS_LEFT:
         s = keys - rows - w + 1  # keys left of the window of row 0
         most = tl.maximum(keys - w, 0)
         begin = tl.where(index == 0, 0, tl.minimum(tl.maximum((index - 1) * chunk + s, 0), most))
         end = tl.minimum(tl.maximum(index * chunk + s, 0), most)
-    elif PIECES == IS_AFTER:
+    elif PIECES == IS_RIGHT:
         e = keys - rows + tl.maximum(w, 1)  # the first key right of the window of row 0
         begin = tl.minimum(tl.maximum((index + 1) * chunk + e, 0), keys)
         end = tl.minimum(tl.maximum((index + 2) * chunk + e, 0), keys)
@@ -48,7 +46,7 @@ def piece(index, chunk, w, rows, keys, tokens, PIECES: tl.constexpr):
     return begin, end
 
 
-@triton.jit(do_not_specialize=["chunk", "chunks", "rows", "keys", "branches", "groups"])
+@triton.jit(do_not_specialize=["chunk", "chunks", "rows", "keys", "branches", "groups", "gain_n"])
 def sums_kernel(
     features, values, gain, shift, group_map, window, cu_q, cu_k, out, out_z,
     f_b, f_h, f_n, v_b, v_h, v_n, gain_n, chunk, chunks, rows, keys, branches, groups,
@@ -127,7 +125,7 @@ def running(
         tl.store(final + to, carry, mask=live)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks", "branches"])
 def scan_kernel(
     sums, sums_z, out, out_z, state, final, s_b, s_h, s_f, chunks, branches,
     DIM: tl.constexpr, FEATURES: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
@@ -172,7 +170,7 @@ def unlist_kernel(starts, counts, columns, left, blocks, width, BLOCK: tl.conste
         tl.store(left + row.to(tl.int64) * width + column, tl.zeros((BLOCK,), tl.uint8), mask=live)
 
 
-@triton.jit(do_not_specialize=["rows", "keys", "blocks", "out_blocks", "list_b", "list_g"])
+@triton.jit(do_not_specialize=["rows", "keys", "blocks", "out_blocks", "branches", "groups", "list_b", "list_g"])
 def gather_kernel(
     left, sums, out, group_map, cu_q, cu_k, rows, keys, blocks, out_blocks, branches, groups, list_b, list_g,
     left_to, left_from, WIDTH: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, CAUSAL: tl.constexpr,
@@ -384,51 +382,17 @@ def key_states(
     s, (branches, width) = sizes_of(p), branch.fk.shape[1::2]
     if isinstance(p.where, Blocks):
         blocks = max(1, triton.cdiv(s.keys, p.where.block[1]))
-        sums = tile_sums(p, branch, arch, BLOCKS, p.where.block[1], blocks, dtype)
+        sums = tile_sums(p, branch, arch, WHOLE, p.where.block[1], blocks, dtype)
         return [gathered(p, branch, arch, sums, unlisted(p) if left is None else left, dtype, False)], None
     chunk = chunk_of(p, branch) if chunk is None else chunk
     count = triton.cdiv(s.rows, chunk)
     final = None
     if p.causal and p.varlen is None:
         final = torch.empty(s.count, branches, width, s.dim + 1, dtype=torch.float32, device=p.q.device)
-    before = tile_sums(p, branch, arch, BEFORE, chunk, count + 1, torch.float32)
+    before = tile_sums(p, branch, arch, LEFT, chunk, count + 1, torch.float32)
     sides = [scanned(before, branches, dtype, False, branch.state, final)]
     if not p.causal:
         sides.append(
-            scanned(tile_sums(p, branch, arch, AFTER, chunk, max(count, 1), torch.float32), branches, dtype, True)
+            scanned(tile_sums(p, branch, arch, RIGHT, chunk, max(count, 1), torch.float32), branches, dtype, True)
         )
     return sides, final
-
-
-def variants(arch: str) -> Iterator[Variant]:
-    """What the states of forward and backward launch; two features for each number of a head."""
-    for kind, dim in itertools.product(("bf16", "fp32"), (64, 128, 256)):
-        number, precision, narrow = branch_kind(arch, kind)
-        t = sum_tiles(arch, kind == "bf16")
-        for rows, pieces in ((False, BLOCKS), (False, BEFORE), (False, AFTER), (True, BLOCKS)):
-            constants = {
-                "DIM": dim, "FEATURES": 2 * dim, "GROUP": 4 if rows else 1, "PIECES": pieces, "ROWS": rows,
-                "BRANCH_VALUES": False, "BT": t.tokens, "BF": min(t.features, 2 * dim), "BD": min(t.values, dim),
-                "TYPE": number, "PRECISION": precision,
-            } | dict.fromkeys(() if rows else ("gain", "shift")) | ({} if pieces else {"window": None})  # fmt: skip
-            out = narrow if (rows, pieces) == (False, BLOCKS) else "*fp32"
-            name = f"mixed-sums-{kind}-{dim}-{('blocks', 'before', 'after')[pieces]}{'-rows' if rows else ''}"
-            yield describe(arch, name, sums_kernel, kind, constants, t.warps, t.stages, out=out, shift="*fp32")
-        for sums in dict.fromkeys((narrow, "*fp32")):
-            half, split = kind == "bf16", kind == "bf16" and sums == "*fp32"
-            x = gather_tiles(arch, half, split)
-            constants = {
-                "WIDTH": 2 * dim * dim, "BQ": 128, "BK": 64, "CAUSAL": True, "BACK": split, "BM": x.features,
-                "BN": x.tokens, "BW": x.values, "TYPE": number, "SPLIT": split, "PRECISION": precision,
-            }  # fmt: skip
-            name = f"mixed-gather-{kind}-{dim}{'-split' if split else ''}"
-            yield describe(arch, name, gather_kernel, kind, constants, x.warps, x.stages, sums=sums, out=sums)
-        for reverse in (False, True):
-            constants = {"DIM": dim, "FEATURES": 2 * dim, "REVERSE": reverse, "BLOCK": BLOCK, "STEP": STEP}
-            absent = {"state": None, "final": None} if reverse else {}
-            out = "*fp32" if reverse else narrow
-            yield describe(
-                arch, f"mixed-scan-{kind}-{dim}{'-back' if reverse else ''}", scan_kernel, kind,
-                constants | absent, 4, 3, sums="*fp32", out=out,
-            )  # fmt: skip
-    yield describe(arch, "mixed-unlist", unlist_kernel, "bf16", {"BLOCK": 128}, 4, 3)

@@ -208,7 +208,7 @@ TRITON = (
     ),
     _triton(
         "the gradient of the logits leaves out what the normaliser gives",
-        "triton_mixed_backward.py",
+        "triton_mixed_steps.py",
         "ds = p * (dp - delta)",
         "ds = p * dp",
         "mixed_attention and limit",
@@ -265,8 +265,8 @@ TRITON = (
     _triton(
         "selection keeps one block too few in Triton",
         "triton_select.py",
-        "keep.to(tl.float32)",
-        "(keep - 1).to(tl.float32)",
+        "tl.cast(keep, tl.float32)",
+        "tl.cast(keep - 1, tl.float32)",
         "selection and keep",
     ),
     _triton(

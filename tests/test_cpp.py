@@ -120,6 +120,19 @@ def test_gradients_are_those_of_the_definition(seed, level, dim):
         cases.check_gradients(got, p, branch, do, dlinear)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_rest_of_many_blocks_is_the_definition(seed, level, causal):
+    # few blocks of many are named: the branch takes them away from a sum of all, and must leave no trace of them
+    rng = cases.generator(seed)
+    where = cases.blocks_case(rng, groups=1, rows=1000, keys=1020, density=0.1)
+    p = cases.softmax_case(rng, where=where, heads=2, groups=1, rows=1000, keys=1020, dim=16, causal=causal)
+    branch = cases.branch_case(rng, p, index=(0,), features=16)
+    do, _ = cases.output_gradients(rng, p, branch)
+    out = backend.mixed_forward(p, branch)
+    cases.check_mixed(out, p, branch)
+    cases.check_gradients(backend.mixed_backward(p, branch, out, do, None), p, branch, do)
+
+
 def test_packed_sequences_are_as_if_alone(seed, level):
     lengths = [(5, 9), (0, 0), (70, 131), (1, 1), (0, 4), (33, 33)]
     for n, one in enumerate(seeds(seed, 6)):

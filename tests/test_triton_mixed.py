@@ -16,7 +16,7 @@ from attnconvert.kernels import backend_triton, triton_mixed
 from attnconvert.kernels.problem import Ranges
 from attnconvert.kernels.triton_mixed import mixed_forward
 from attnconvert.kernels.triton_mixed_backward import mixed_backward
-from attnconvert.kernels.triton_mixed_host import Tile
+from attnconvert.kernels.triton_mixed_shapes import Tile
 
 if backend_triton.unavailable():
     pytest.skip(backend_triton.unavailable(), allow_module_level=True)

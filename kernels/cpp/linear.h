@@ -12,6 +12,7 @@
 namespace attn {
 
 constexpr int64_t COARSE = 8;  // chunks between the prefix sums in double that lists use
+constexpr int64_t NEAR = 64;   // entries at a time around the edge of what rows read: few, so that rows skip more
 
 struct Sums {
     int64_t n = 0, F = 0, D = 0, chunk = 0, count = 0, size = 0;  // entries, features, numbers of a value; floats of a state
@@ -147,8 +148,8 @@ inline void rest(const Sums& x, int64_t from, int64_t to, const std::vector<int6
 inline void near(const Sums& x, int64_t from, int64_t to, bool left, const int64_t* edge, int64_t rows, float* s,
                  const SumsRoom& r) {
     const int64_t F = up(x.F, W), d = x.v.cols;
-    for (int64_t c = from / 32 * 32; c < to; c += STEP) {
-        const int64_t end = std::min(c + STEP, to), n = up(end - c, W);
+    for (int64_t c = from / 32 * 32; c < to; c += NEAR) {
+        const int64_t end = std::min(c + NEAR, to), n = up(end - c, W);
         int64_t first = 0, last = rows;
         if (left)
             while (first < rows && edge[first] <= c) first++;
