@@ -47,10 +47,18 @@ EMULATE(Emulated512, emulated_loadu_ps)(const void* p) {
     return y;
 }
 EMULATE(void, emulated_storeu_ps)(void* p, Emulated512 a) { std::memcpy(p, a.x, sizeof a.x); }
-EMULATE(Emulated512, emulated_add_ps)(Emulated512 a, Emulated512 b) { return emulated_each([&](int i) { return a.x[i] + b.x[i]; }); }
-EMULATE(Emulated512, emulated_sub_ps)(Emulated512 a, Emulated512 b) { return emulated_each([&](int i) { return a.x[i] - b.x[i]; }); }
-EMULATE(Emulated512, emulated_mul_ps)(Emulated512 a, Emulated512 b) { return emulated_each([&](int i) { return a.x[i] * b.x[i]; }); }
-EMULATE(Emulated512, emulated_div_ps)(Emulated512 a, Emulated512 b) { return emulated_each([&](int i) { return a.x[i] / b.x[i]; }); }
+EMULATE(Emulated512, emulated_add_ps)(Emulated512 a, Emulated512 b) {
+    return emulated_each([&](int i) { return a.x[i] + b.x[i]; });
+}
+EMULATE(Emulated512, emulated_sub_ps)(Emulated512 a, Emulated512 b) {
+    return emulated_each([&](int i) { return a.x[i] - b.x[i]; });
+}
+EMULATE(Emulated512, emulated_mul_ps)(Emulated512 a, Emulated512 b) {
+    return emulated_each([&](int i) { return a.x[i] * b.x[i]; });
+}
+EMULATE(Emulated512, emulated_div_ps)(Emulated512 a, Emulated512 b) {
+    return emulated_each([&](int i) { return a.x[i] / b.x[i]; });
+}
 EMULATE(Emulated512, emulated_fmadd_ps)(Emulated512 a, Emulated512 b, Emulated512 c) {
     return emulated_each([&](int i) { return std::fma(a.x[i], b.x[i], c.x[i]); });
 }
@@ -111,7 +119,9 @@ EMULATE(Emulated512i, emulated_slli_epi32)(Emulated512i a, unsigned n) {
     return a;
 }
 
-static inline float emulated_flush(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
+static inline float emulated_flush(float x) {
+    return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
+}
 static inline float emulated_wide(uint16_t x) {
     const uint32_t bits = static_cast<uint32_t>(x) << 16;
     float y;

@@ -27,7 +27,8 @@ struct Group {
     bool has_extra = false;
     int64_t near_floats = 0, extra_floats = 0, dq_floats = 0, dk_floats = 0;
     Sums dq, dk, dv;                        // of the branch: for φ(q); for φ(k); for v
-    float *delta = nullptr, *factor = nullptr, *ones = nullptr;  // per row: do·o; what scales do, and beside it for the 1
+    // per row: do·o; what scales do; and what stands beside it for the 1 behind v
+    float *delta = nullptr, *factor = nullptr, *ones = nullptr;
     std::vector<Unit> units;
     std::vector<std::vector<int64_t>> listed;  // query blocks that name a key block
 };
@@ -173,8 +174,8 @@ class Backward {
         return p;
     }
 
-    // dφ(q_i) = Σ φ(k_j) ([v_j | 1] · ĝ_i), dφ(k_j) = Σ φ(q_i) ([v_j | 1] · ĝ_i) and dv_j = Σ (φ(q_i) · φ(k_j)) ĝ_i[:D] with
-    // ĝ_i = [factor do | ones]: three linear attentions with other features and values.
+    // dφ(q_i) = Σ φ(k_j) ([v_j | 1] · ĝ_i), dφ(k_j) = Σ φ(q_i) ([v_j | 1] · ĝ_i) and dv_j = Σ (φ(q_i) · φ(k_j)) ĝ_i[:D]
+    // with ĝ_i = [factor do | ones]: three linear attentions with other features and values.
     void sources(Group& y) {
         const Which x = y.x;
         const int64_t d = D, t = y.t;
@@ -268,7 +269,9 @@ class Backward {
         parallel(a.threads, some.size(), [&](int64_t i) {
             for (int64_t r = 0; r < some[i].R; r++) prepare(some[i], r);
         });
-        parallel(a.threads, first.size(), [&](int64_t i) { pack(some[first[i].group], first[i].part, first[i].n, mine()); });
+        parallel(a.threads, first.size(), [&](int64_t i) {
+            pack(some[first[i].group], first[i].part, first[i].n, mine());
+        });
         if (a.index)
             parallel(a.threads, 3 * some.size(), [&](int64_t i) {
                 Group& y = some[i / 3];
@@ -320,8 +323,8 @@ class Backward {
             for (int64_t t = tile.t0; t < tile.t1; t += step) {
                 const int64_t count = std::min(step, tile.t1 - t);
                 if (a.softmax)
-                    softmax_tile_back(a, y.x, y.near, y.has_extra ? &y.extra : nullptr, y.delta, todo, t, count, r, u.sink,
-                                      u.extra, work);
+                    softmax_tile_back(a, y.x, y.near, y.has_extra ? &y.extra : nullptr, y.delta, todo, t, count, r,
+                                      u.sink, u.extra, work);
                 if (y.t >= 0) features_back(y, t, count, r.s, l);
             }
         }

@@ -29,7 +29,8 @@ inline int64_t unlisted(const Args& a, const Which& w, int64_t n, std::vector<in
     const int64_t b = a.starts.size[0] > 1 ? w.s.n : 0, g = a.starts.size[1] > 1 ? w.g : 0;
     const int64_t start = a.starts.integer(b, g, n), count = a.counts.integer(b, g, n);
     named.clear();
-    for (int64_t i = start; i < start + count && a.columns.integer(i) < seen; i++) named.push_back(a.columns.integer(i));
+    for (int64_t i = start; i < start + count && a.columns.integer(i) < seen; i++)
+        named.push_back(a.columns.integer(i));
     return seen;
 }
 
@@ -57,7 +58,8 @@ inline void outgoing(const Args& a, const Which& w, int64_t t, const Sums& x, co
         for (int64_t f = 0; f < x.F; f++) {
             const float phi = *x.fk.at(j, f);
             tail[f] += phi;
-            for (int64_t d = 0; d < p.cols; d += W) store(p.at(d, f), fma(set(phi), load(x.v.at(d, j)), load(p.at(d, f))));
+            for (int64_t d = 0; d < p.cols; d += W)
+                store(p.at(d, f), fma(set(phi), load(x.v.at(d, j)), load(p.at(d, f))));
         }
     for (int64_t f = 0; f < x.F; f++) {
         float* to = reinterpret_cast<float*>(a.state_out.at(w.s.n, t, f));

@@ -26,7 +26,7 @@ struct Piece {
     int64_t scores;          // where those of its keys are kept, (G, PIECE) floats; -1 where nobody asks
 };
 
-// The products of N heads with four keys at a time, so that a key is loaded once for them and sums cross lanes together.
+// The products of N heads with four keys at a time: a key is loaded once for them, and sums cross lanes together.
 template <int N>
 INLINE void dots(const float* q, const float* const* k, int64_t n, float* s, int64_t d) {
     for (int64_t j = 0; j < n; j += 4) {

@@ -60,7 +60,8 @@ class Features {
     }
 
     void backward() {
-        Buffer weights(2 * H * per_head), rooms(a.threads * room()), sums(a.kind == HEDGEHOG ? H * PARTS * up(D, MR) * d : 0);
+        Buffer weights(2 * H * per_head), rooms(a.threads * room());
+        Buffer sums(a.kind == HEDGEHOG ? H * PARTS * up(D, MR) * d : 0);
         pack(weights.get(), rooms.get(), false);
         pack(weights.get() + H * per_head, rooms.get(), true);
         const int64_t tiles = (B * S + ROWS - 1) / ROWS;

@@ -4,7 +4,7 @@
 namespace attn {
 namespace {
 
-constexpr int64_t WAVE = 16 << 20;  // floats of packed keys that are held at once, unless a single group has more
+constexpr int64_t WAVE = 4 << 20;  // floats of packed keys held at once: what caches keep, but enough for all threads
 
 struct Group {  // one sequence and KV group
     Which x;
@@ -50,10 +50,11 @@ class Forward {
 
     template <class Op>
     void run() {
+        const int64_t most = std::max(WAVE, a.threads << 20);
         for (size_t first = 0; first < groups_.size();) {
             size_t last = first;
             int64_t total = 0;
-            while (last < groups_.size() && (last == first || total + groups_[last].floats <= WAVE))
+            while (last < groups_.size() && (last == first || total + groups_[last].floats <= most))
                 total += groups_[last++].floats;
             wave<Op>(first, last, total);
             first = last;
@@ -82,7 +83,8 @@ class Forward {
         if (a.index && a.index[g] >= 0) {
             const bool lists = y.x.lists;
             y.t = a.index[g];
-            y.floats += y.far.plan(s.K, F, D, lists ? a.block_k : chunk_of(F, D), !lists && !y.x.causal && y.x.w > 0, lists);
+            const bool both = !lists && !y.x.causal && y.x.w > 0;
+            y.floats += y.far.plan(s.K, F, D, lists ? a.block_k : chunk_of(F, D), both, lists);
             const Rows fk = a.fk.rows(s.b, y.t, s.k0, s.K), v = a.v.rows(s.b, g, s.k0, s.K);
             y.far.features = [fk](int64_t j, float* to) { to_float(to, fk.at(j), fk.dtype, fk.d); };
             y.far.value = [v](int64_t j, float* to) { to_float(to, v.at(j), v.dtype, v.d); };
@@ -111,7 +113,8 @@ class Forward {
                 }
                 out.push_back({static_cast<int64_t>(i), t, end, weight * (end - t)});
             }
-            std::stable_sort(out.begin() + begin, out.end(), [](const Job& p, const Job& q) { return p.weight > q.weight; });
+            std::stable_sort(out.begin() + begin, out.end(),
+                             [](const Job& p, const Job& q) { return p.weight > q.weight; });
         }
         return out;
     }
@@ -142,7 +145,8 @@ class Forward {
             }
             if (y.has_extra) {
                 lay(y.extra, at + y.near_floats);
-                for (size_t u = 0; u < y.extra.needed.size(); u++) packing.push_back({group, 1, static_cast<int64_t>(u)});
+                for (size_t u = 0; u < y.extra.needed.size(); u++)
+                    packing.push_back({group, 1, static_cast<int64_t>(u)});
             }
             if (y.t >= 0) {
                 y.far.lay(at + y.near_floats + y.extra_floats);

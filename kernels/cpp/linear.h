@@ -1,8 +1,8 @@
-// Linear attention over ordered entries: chunks of them are summed into states, and a tile of rows reads a state and the
-// entries around its own edge. Forward, rows are query rows and entries are keys; backward, each of them is either.
+// Linear attention over ordered entries: chunks of them are summed into states, and a tile of rows reads a state and
+// the entries around its own edge. Forward, rows are query rows and entries are keys; backward, each of them is either.
 //
-// A state is Σ φ vᵀ as panels (columns D, depth F) and behind them Σ φ. Where entries are summed by ranges, slot c holds
-// what comes before chunk c, an incoming state included, and `after` what comes from chunk c on; where they are summed
+// A state is Σ φ vᵀ as panels (columns D, depth F) and behind them Σ φ. Where entries are summed by ranges, slot c
+// holds what comes before chunk c, an incoming state included, and `after` what comes from chunk c on; where they are summed
 // by lists, slot j + 1 is chunk j alone, and rows read the chunks that their list does not name.
 #pragma once
 #include <functional>
@@ -15,7 +15,8 @@ constexpr int64_t COARSE = 8;  // chunks between the prefix sums in double that 
 constexpr int64_t NEAR = 64;   // entries at a time around the edge of what rows read: few, so that rows skip more
 
 struct Sums {
-    int64_t n = 0, F = 0, D = 0, chunk = 0, count = 0, size = 0;  // entries, features, numbers of a value; floats of a state
+    int64_t n = 0, F = 0, D = 0;               // entries, features, numbers of a value
+    int64_t chunk = 0, count = 0, size = 0;    // entries of a chunk, chunks, floats of a state
     bool both = false, lists = false;                             // sums from the end as well
     std::function<void(int64_t, float*)> features, value;         // of an entry
     Panels fk, v;  // columns are entries, depth F; columns are D, depth entries
@@ -162,8 +163,8 @@ inline void near(const Sums& x, int64_t from, int64_t to, bool left, const int64
         product<Floats>(last - first, r.fq + first * F, F, 1, x.fk, c, c + n, 0, x.F, p, STEP, false);
         for (int64_t i = first; i < std::min(last, rows); i++) {
             uint32_t bits[STEP / 32];
-            for (int64_t j = c; j < c + n; j += 32)
-                bits[(j - c) / 32] = left ? range_bits(j, from, std::min(edge[i], to)) : range_bits(j, std::max(edge[i], from), to);
+            const int64_t low = left ? from : std::max(edge[i], from), high = left ? std::min(edge[i], to) : to;
+            for (int64_t j = c; j < c + n; j += 32) bits[(j - c) / 32] = range_bits(j, low, high);
             float* row = s + i * STEP;
             mask_row(row, n, bits, 0.0f);
             V total = zero();

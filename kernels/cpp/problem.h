@@ -95,7 +95,7 @@ struct Span {
     int64_t from, to, kind, column;
 };
 
-constexpr int64_t STEP = 256;  // keys of a step
+constexpr int64_t STEP = 128;  // keys of a step
 constexpr int64_t TILE = 96;   // rows of a step
 
 // The keys that rows t0 : t1 can read, in steps that begin at a multiple of 32.

@@ -1,4 +1,5 @@
-// Retention: softmax over sinks, kept tokens and recent ones, block after block, with the scores that choose what is kept.
+// Retention: softmax over sinks, kept tokens and recent ones, block after block, with the scores that choose what to
+// keep.
 // All sequences and KV groups walk side by side; within a block the tiles of rows are shared out over the threads.
 #include "softmax.h"
 
@@ -26,7 +27,7 @@ struct Walk {  // one sequence and KV group
     int64_t b, g;
     std::vector<Token> recent, kept, sinks;  // recent and sinks by position
     std::vector<int64_t> columns;            // of the new tokens that are real, in order
-    int64_t seen = 0, done = 0, rows = 0;    // real tokens before the call; of this call, done and in the step under way
+    int64_t seen = 0, done = 0, rows = 0;    // real tokens before the call; of it, done and in the step under way
     Panels k, v;
     int64_t count = 0, first_recent = 0;  // keys of the step
     float* received = nullptr;            // (tiles, keys) of the step
@@ -92,9 +93,10 @@ class Retention {
     // Ends the step under way, and prepares the next: up to the end of its block.
     void step(Walk& w, float* work) const {
         const int64_t used = (w.rows * G + SHARE - 1) / SHARE;
+        const auto skip = static_cast<size_t>(skipped(w));
         for (int64_t n = 0; n < used; n++)
-            for (size_t j = 0; j < w.recent.size(); j++)
-                if (w.recent[j].at >= a.sinks) w.recent[j].score += w.received[n * most + w.first_recent + j - skipped(w)];
+            for (size_t j = skip; j < w.recent.size(); j++)
+                w.recent[j].score += w.received[n * most + w.first_recent + (j - skip)];
         w.done += w.rows;
         const int64_t left = static_cast<int64_t>(w.columns.size()) - w.done, at = w.seen + w.done;
         w.rows = std::min(left, a.block - at % a.block);
@@ -124,8 +126,9 @@ class Retention {
         for (auto t = w.recent.begin(); t != old; ++t)
             if (t->at >= a.sinks) w.kept.push_back(*t);
         w.recent.erase(w.recent.begin(), old);
-        std::sort(w.kept.begin(), w.kept.end(),
-                  [](const Token& p, const Token& q) { return p.score > q.score || (p.score == q.score && p.at < q.at); });
+        std::sort(w.kept.begin(), w.kept.end(), [](const Token& p, const Token& q) {
+            return p.score > q.score || (p.score == q.score && p.at < q.at);
+        });
         if (static_cast<int64_t>(w.kept.size()) > a.keep) w.kept.resize(a.keep);
     }
 

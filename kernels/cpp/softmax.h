@@ -46,7 +46,8 @@ INLINE void row_bits(const Args& a, const Which& x, const uint32_t* real, const 
 }
 
 // The same of further keys: those that the window does not reach.
-INLINE void extra_bits(const Args& a, const Which& x, const uint32_t* real, const Span& span, int64_t t, uint32_t* bits) {
+INLINE void extra_bits(const Args& a, const Which& x, const uint32_t* real, const Span& span, int64_t t,
+                       uint32_t* bits) {
     const auto* at = reinterpret_cast<const int32_t*>(a.extra_at.at(x.s.b, x.g));
     const int64_t i = x.position(t);
     for (int64_t j = span.from; j < span.to; j++) {
@@ -108,7 +109,8 @@ void step(const Args& a, const Packed& p, const Span& span, int64_t t0, int64_t 
     const int64_t d = p.v.cols, units = p.k.depth, n = up(span.to - span.from, W);
     float* s = r.s + first * STEP;
     product<Op>(last - first, r.q + first * units, units, 1, p.k, span.from, span.from + n, 0, units, s, STEP, false);
-    if (a.softcap > 0) cap_rows(s, last - first, n, static_cast<float>(std::fabs(a.scale)), static_cast<float>(a.softcap));
+    if (a.softcap > 0)
+        cap_rows(s, last - first, n, static_cast<float>(std::fabs(a.scale)), static_cast<float>(a.softcap));
     for (int64_t i = first; i < std::min(last, rows); i++) {
         float* row = r.s + i * STEP;
         if (edge) {
@@ -121,7 +123,7 @@ void step(const Args& a, const Packed& p, const Span& span, int64_t t0, int64_t 
     product<Op>(last - first, s, STEP, 1, p.v, 0, d, span.from / Op::PER, n / Op::PER, r.o + first * d, d, true);
 }
 
-// The softmax of rows t0 : t0 + rows over their keys: unnormalised r.o (rows, d), sums r.l and maxima r.m in powers of 2.
+// The softmax of rows t0 : t0 + rows over their keys: unnormalised r.o (rows, d), sums r.l, maxima r.m in powers of 2.
 template <class Op>
 void softmax_tile(const Args& a, const Which& x, const Packed& p, const Packed* extra, std::vector<Span>& todo,
                   int64_t t0, int64_t rows, const Room& r) {

@@ -1,11 +1,11 @@
-// One tile of rows backward: with p = exp(s - lse) recomputed, dS = p ∘ (dO·V − δ), and from it the products into dQ, dK
-// and dV (Dao et al. 2022).
+// One tile of rows backward: with p = exp(s - lse) recomputed, dS = p ∘ (dO·V − δ), and from it the products into dQ,
+// dK and dV (Dao et al. 2022).
 #pragma once
 #include "softmax.h"
 
 namespace attn {
 
-constexpr int64_t WIDE = 272;  // floats of a row of scores: STEP, and zeros up to whole register tiles
+constexpr int64_t WIDE = 144;  // floats of a row of scores: STEP, and zeros up to whole register tiles
 
 // Keys and values of one sequence and KV group in the layouts that the backward reads.
 struct PackedBack {
