@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import torch_retain
 from .backend_torch import recording
-from .dispatch import backend
+from .dispatch import chosen
 from .problem import (
     Blocks,
     Branch,
@@ -119,7 +119,7 @@ MIXED = (
 def mixed(*args: Any) -> tuple[Tensor, ...]:
     """`mixed_forward` of a back end: o, lse, linear, den, state."""
     p, branch = unpack(args[:-1])
-    out: Mixed = backend(args[-1]).mixed_forward(p, branch)
+    out: Mixed = chosen("mixed_forward", (p, branch), p.q, args[-1]).mixed_forward(p, branch)
     single = p.q if p.q.dtype == torch.float64 else p.q.new_empty(0, dtype=torch.float32)
     rest = ((out.linear, p.q), (out.den, single), (out.state, single))
     return _fresh(out.o, p.q), _fresh(out.lse, single), *(_fresh(x, like) for x, like in rest)
@@ -163,7 +163,7 @@ def mixed_backward(*args: Any) -> tuple[Tensor, ...]:
     o, lse, linear, den, do, dlinear = args[34:]
     separate = branch is not None and not branch.shared
     out = Mixed(o=o, lse=lse, linear=linear if separate else None, den=den if separate else None)
-    g = backend(args[33]).mixed_backward(p, branch, out, do, dlinear)
+    g = chosen("mixed_backward", (p, branch), p.q, args[33]).mixed_backward(p, branch, out, do, dlinear)
     more = (g.extra_k, g.extra_v, g.fq, g.fk)
     return tuple(_fresh(x, p.q) for x in (g.q, g.k, g.v, *more))
 
@@ -224,7 +224,8 @@ def _linear_problem(a: Sequence[Any]) -> Linear:
 @torch.library.custom_op(f"{NAMESPACE}::linear", mutates_args=(), schema=f"({LINEAR}) -> (Tensor, Tensor, Tensor)")
 def linear(*args: Any) -> tuple[Tensor, ...]:
     """`linear_forward` of a back end: o, den, state."""
-    o, den, state = backend(args[-1]).linear_forward(_linear_problem(args))
+    p = _linear_problem(args)
+    o, den, state = chosen("linear_forward", p, p.fq, args[-1]).linear_forward(p)
     return _fresh(o, den), _fresh(den, den), _fresh(state, den)
 
 
@@ -249,7 +250,8 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 )
 def linear_backward(*args: Any) -> tuple[Tensor, ...]:
     """`linear_backward` of a back end: gradients of fq, fk, v."""
-    found = backend(args[9]).linear_backward(_linear_problem(args), *args[10:])
+    p = _linear_problem(args)
+    found = chosen("linear_backward", p, p.fq, args[9]).linear_backward(p, *args[10:])
     return tuple(_fresh(x, x) for x in found)
 
 
@@ -280,13 +282,14 @@ def feature_size(kind: str, dim: int, weights: Sequence[Tensor]) -> int:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::features", mutates_args=(), schema=f"({FEATURES}) -> Tensor")
-def features(x: Tensor, kind: str, weights: Sequence[Tensor], backend_name: str) -> Tensor:
+def features(x: Tensor, kind: str, weights: Sequence[Tensor], backend: str) -> Tensor:
     """`features` of a back end."""
-    return _fresh(backend(backend_name).features(x, kind, tuple(weights)), x)
+    given = (x, kind, tuple(weights))
+    return _fresh(chosen("features", given, x, backend).features(*given), x)
 
 
 @features.register_fake
-def _(x: Tensor, kind: str, weights: Sequence[Tensor], backend_name: str) -> Tensor:
+def _(x: Tensor, kind: str, weights: Sequence[Tensor], backend: str) -> Tensor:
     return x.new_empty(*x.shape[:3], feature_size(kind, x.shape[3], weights))
 
 
@@ -294,15 +297,16 @@ def _(x: Tensor, kind: str, weights: Sequence[Tensor], backend_name: str) -> Ten
     f"{NAMESPACE}::features_backward", mutates_args=(), schema=f"({FEATURES}, Tensor dout) -> (Tensor, Tensor[])"
 )
 def features_backward(
-    x: Tensor, kind: str, weights: Sequence[Tensor], backend_name: str, dout: Tensor
+    x: Tensor, kind: str, weights: Sequence[Tensor], backend: str, dout: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     """`features_backward` of a back end."""
-    dx, dweights = backend(backend_name).features_backward(x, kind, tuple(weights), dout)
+    given = (x, kind, tuple(weights))
+    dx, dweights = chosen("features_backward", given, x, backend).features_backward(*given, dout)
     return _fresh(dx, x), [_fresh(w, w) for w in dweights]
 
 
 @features_backward.register_fake
-def _(x: Tensor, kind: str, weights: Sequence[Tensor], backend_name: str, dout: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _(x: Tensor, kind: str, weights: Sequence[Tensor], backend: str, dout: Tensor) -> tuple[Tensor, list[Tensor]]:
     return x.new_empty(x.shape), [w.new_empty(w.shape) for w in weights]
 
 
@@ -349,7 +353,8 @@ def _decode_problem(
 @torch.library.custom_op(f"{NAMESPACE}::decode", mutates_args=(), schema=f"({DECODE}) -> (Tensor, Tensor[])")
 def decode(*args: Any) -> tuple[Tensor, list[Tensor]]:
     """`decode` of a back end: o, and what late slots received."""
-    o, received = backend(args[-1]).decode(_decode_problem(*args[:-1]))
+    p = _decode_problem(*args[:-1])
+    o, received = chosen("decode", p, p.q, args[-1]).decode(p)
     return _fresh(o, o), [_fresh(x, x) for x in received]
 
 
@@ -384,7 +389,8 @@ def _retain_problem(a: Sequence[Any]) -> Retain:
 @torch.library.custom_op(f"{NAMESPACE}::retain", mutates_args=(), schema=f"({RETAIN}) -> (Tensor, Tensor[])")
 def retain(*args: Any) -> tuple[Tensor, list[Tensor]]:
     """`retain` of a back end: o and the memory."""
-    o, memory = backend(args[-1]).retain(_retain_problem(args))
+    p = _retain_problem(args)
+    o, memory = chosen("retain", p, p.q, args[-1]).retain(p)
     return _fresh(o, o), [x.clone() if any(x is y for y in args[9]) else _fresh(x, x) for x in memory]
 
 

@@ -1,7 +1,7 @@
 """Which back end runs: `triton` on CUDA and ROCm devices, `cpp` on CPUs, `torch` wherever they cannot or should not.
 
-`auto` takes the fastest that can: by device, dtype and, on the CPU, by the length from which the C++ kernels are
-faster. The choice is logged once for each function and reason. A back end that is asked for by name, by `use`, by
+`auto` takes the fastest that can, by device and dtype. There is no break-even to look for on the CPU: the C++ kernels
+are faster than the torch ones at every length that was measured (docs/benchmarks.md, from 1024 tokens on). The choice is logged once for each function and reason. A back end that is asked for by name, by `use`, by
 `backend=` or by the environment variable ATTNCONVERT_BACKEND, runs or raises; nothing else takes its place.
 """
 
@@ -67,17 +67,21 @@ def wanted(asked: str | None) -> str:
     return checked(os.environ.get("ATTNCONVERT_BACKEND", AUTO))
 
 
-def choose(function: str, problem: Any, like: torch.Tensor, asked: str | None = None, small: bool = False) -> str:
-    """The back end for one call.
+def chosen(function: str, problem: Any, like: torch.Tensor, name: str) -> ModuleType:
+    """The back end for one call, where `name` is what `wanted` said.
+
+    The operators ask for it when they run, not when they are traced: a compiled model chooses by its real tensors.
 
     Args:
         function: name of the back end function; problem: its argument; like: a tensor that says device and dtype.
-        small: the call is below the measured break-even of the compiled kernels.
 
     Raises:
         BackendError: the one that was asked for cannot run it.
     """
-    name = wanted(asked)
+    return backend(_choose(function, problem, like, name))
+
+
+def _choose(function: str, problem: Any, like: torch.Tensor, name: str) -> str:
     if name != AUTO:
         if reason := _obstacle(name, function, problem, like):
             raise BackendError(f"backend {name!r} was asked for but cannot run {function}: {reason}")
@@ -87,8 +91,6 @@ def choose(function: str, problem: Any, like: torch.Tensor, asked: str | None = 
         return _say(function, "torch", "float64")
     if like.device.type not in ("cuda", "cpu"):
         return _say(function, "torch", f"device {like.device.type}")
-    if small:
-        return "torch"
     if reason := _obstacle(first, function, problem, like):
         return _say(function, "torch", f"{first} cannot: {reason}")
     return _say(function, first, f"device {like.device.type}")

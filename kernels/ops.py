@@ -16,9 +16,8 @@ from torch import Tensor
 
 from . import custom_ops
 from .checks import check_block, check_branch, check_mixed, check_tensors, check_varlen, same, shape
-from .dispatch import backend as module_of
-from .dispatch import choose
-from .problem import Blocks, Branch, Decode, Extra, Linear, Mixed, Part, Pooled, Ranges, Retain, Softmax, Varlen
+from .dispatch import chosen, wanted
+from .problem import Blocks, Branch, Decode, Extra, Mixed, Part, Pooled, Ranges, Softmax, Varlen
 
 KINDS = ("hedgehog", "elu1", "relu", "softmax", "poly")
 
@@ -103,8 +102,7 @@ def mixed_attention(
     check_mixed(p)
     if branch is not None:
         check_branch(p, branch)
-    name = choose("mixed_forward", (p, branch), q, backend)
-    o, lse, linear, den, state = custom_ops.mixed(*custom_ops.pack(p, branch), name)
+    o, lse, linear, den, state = custom_ops.mixed(*custom_ops.pack(p, branch), wanted(backend))
     separate = branch is not None and not branch.shared
     return Mixed(
         o=o,
@@ -140,10 +138,8 @@ def linear_attention(
         shape("state", state, (count, fk.shape[1], fk.shape[3], v.shape[3] + 1))
     if varlen is not None:
         check_varlen(varlen, fq.shape[0])
-    p = Linear(fq=fq, fk=fk, v=v, causal=causal, normalize=normalize, state=state, varlen=varlen)
-    name = choose("linear_forward", p, fq, backend)
     cu = (None, None, []) if varlen is None else (varlen.cu_q, varlen.cu_k, [varlen.max_q, varlen.max_k])
-    o, _, after = custom_ops.linear(fq, fk, v, causal, normalize, state, *cu, name)
+    o, _, after = custom_ops.linear(fq, fk, v, causal, normalize, state, *cu, wanted(backend))
     return o, after.detach() if causal else None
 
 
@@ -178,24 +174,9 @@ def retention(
     if memory is not None and len(memory) != 10:
         raise ValueError(f"memory has {len(memory)} tensors: expected the 10 that retention returned")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    p = Retain(
-        q=q,
-        k=k,
-        v=v,
-        at=at,
-        scale=scale,
-        window=window,
-        keep=keep,
-        sinks=sinks,
-        block=block,
-        memory=memory,
-        softcap=float(softcap),
-        sink_logits=sink_logits,
-    )
-    name = choose("retain", p, q, backend)
     held = [] if memory is None else list(memory)
     o, after = custom_ops.retain(
-        q, k, v, at, scale, window, keep, sinks, block, held, float(softcap), sink_logits, name
+        q, k, v, at, scale, window, keep, sinks, block, held, float(softcap), sink_logits, wanted(backend)
     )
     return o, tuple(x.detach() for x in after)
 
@@ -234,7 +215,7 @@ def decode_step(
         raise ValueError(f"parts have {at} KV groups: expected a divisor of the {q.shape[1]} heads of q")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     p = Decode(q=q, parts=tuple(parts), scale=scale, softcap=float(softcap), sink_logits=sink_logits)
-    o, received = custom_ops.decode(*custom_ops.pack_decode(p), choose("decode", p, q, backend))
+    o, received = custom_ops.decode(*custom_ops.pack_decode(p), wanted(backend))
     return o, received
 
 
@@ -262,7 +243,7 @@ def select_blocks(
     check_block(block)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     p = Pooled(q=q, k=k, scale=scale, causal=causal, block=block, keep=keep, mass=mass, first=first)
-    found: Blocks = module_of(choose("select", p, q, backend)).select(p)
+    found: Blocks = chosen("select", p, q, wanted(backend)).select(p)
     return found
 
 
@@ -275,7 +256,7 @@ def feature_map(x: Tensor, kind: str, weights: Sequence[Tensor] = (), *, backend
         raise ValueError(f"weights has {len(weights)} tensors: expected {expected} for {kind}")
     if kind == "hedgehog":
         shape("weights[0]", weights[0], (x.shape[1], x.shape[3], x.shape[3]))
-    y: Tensor = custom_ops.features(x, kind, list(weights), choose("features", (x, kind, weights), x, backend))
+    y: Tensor = custom_ops.features(x, kind, list(weights), wanted(backend))
     return y
 
 
