@@ -5,7 +5,7 @@ branch or none) it reads at run time, so all heads are one launch. Logits are in
 comes first: its state is one matrix product, and under a shared normaliser it is what the online softmax starts from,
 as if it were a first tile whose maximum is c + log A[D]. So the two are never shifted apart.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -420,8 +420,8 @@ def _launch(
         p.scale, p.softcap or 1.0, s.rows, s.keys, extra.at.shape[2] if extra else 0, first.chunk if first else 1,
         count - 1 if ranges else count, fk.shape[1] if fk is not None else 1, lists.stride_b, lists.stride_h,
         p.q.shape[2], p.k.shape[2], p.q.shape[2], *strides(p.q), *strides(p.k), *strides(p.v), *strides(o),
-        *strides(extra and extra.k), *strides(extra and extra.v), *strides(fq), *strides(fk), GROUP=s.per, DIM=s.dim,
-        FEATURES=fq.shape[3] if fq is not None else 16, CAUSAL=p.causal, RANGES=ranges,
+        *strides(extra.k if extra else None), *strides(extra.v if extra else None), *strides(fq), *strides(fk),
+        GROUP=s.per, DIM=s.dim, FEATURES=fq.shape[3] if fq is not None else 16, CAUSAL=p.causal, RANGES=ranges,
         BRANCH=NONE if branch is None else SHARED if branch.shared else SEPARATE,
         REST=LISTS if not ranges else BEFORE if p.causal else BOTH, SOFTCAP=p.softcap > 0, BQ=lists.block[0],
         BK=lists.block[1], BM=t.own, BN=t.walk, BF=feature_tile(fq), BE=16, PAD=padded(s.dim), TYPE=kind,

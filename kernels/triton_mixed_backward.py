@@ -4,7 +4,7 @@ With p = e^{s − lse} and δ = do·o, the gradient of a logit is p (do·v − �
 into dk and dv over all query heads of their group (`key_kernel`). Further keys are in `triton_mixed_extra`, the linear
 branch in `triton_mixed_branch`.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -378,9 +378,9 @@ def _queries(p: Softmax, arch: str, do: Tensor, lse: Tensor, delta: Tensor, dq: 
         lists.counts, lists.columns, lists.kinds, lists.patterns, bytes_of(p.valid), extra and extra.k,
         extra and extra.v, extra and extra.at.contiguous(), *cumulative(p), p.scale, p.softcap or 1.0, s.rows, s.keys,
         extra.at.shape[2] if extra else 0, lists.stride_b, lists.stride_h, p.q.shape[2], p.k.shape[2], *strides(p.q),
-        *strides(p.k), *strides(p.v), *strides(do), *strides(dq), *strides(extra and extra.k),
-        *strides(extra and extra.v), GROUP=s.per, DIM=s.dim, CAUSAL=p.causal, RANGES=isinstance(p.where, Ranges),
-        SOFTCAP=p.softcap > 0, BQ=lists.block[0], BK=max(lists.block[1], t.walk), BM=t.own, BN=t.walk, BE=16,
+        *strides(p.k), *strides(p.v), *strides(do), *strides(dq), *strides(extra.k if extra else None),
+        *strides(extra.v if extra else None), GROUP=s.per, DIM=s.dim, CAUSAL=p.causal,
+        RANGES=isinstance(p.where, Ranges), SOFTCAP=p.softcap > 0, BQ=lists.block[0], BK=max(lists.block[1], t.walk), BM=t.own, BN=t.walk, BE=16,
         PAD=padded(s.dim), PRECISION=dot_precision(p.q.dtype), num_warps=t.warps, num_stages=t.stages, **limits(arch),
     )  # fmt: skip
 

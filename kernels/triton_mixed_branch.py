@@ -5,7 +5,7 @@ softmax a = e^{c − lse}, with one of its own a = 1 / (A[D] + EPS). So everythi
 normaliser, once forward over the states of the keys (dφ(q)) and once backward over Σ a φ(q) [do | −δ] (dφ(k), dv). The
 states are fp32 and multiplied as two bf16 parts: do·v − δ is a difference of near numbers.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """δ = do·o of mixed attention in Triton, and with what gain a row's gradient reaches the linear branch."""
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 

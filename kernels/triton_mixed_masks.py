@@ -4,7 +4,7 @@ A program owns a tile of rows (or of keys) and walks over tiles of the other sid
 masked tiles, a run of tiles that every row sees whole, and masked tiles again; with lists the entries that reach past
 the end or the diagonal are the last ones, since columns ascend. Only these few tiles compute a mask.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Tile:
 
 def padded(dim: int) -> int:
     """The next power of two, at least what a matrix unit takes."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 def divisor(number: int, most: int) -> int:

@@ -7,7 +7,7 @@ are left are exactly a triangle, and nothing is subtracted. Where lists decide, 
 0/1 matrix of blocks not listed with the sums of the blocks (`gather_kernel`), which is far cheaper than going over the
 listed blocks with the features once more, subtracts nothing either, and gives zero for a list of everything.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 

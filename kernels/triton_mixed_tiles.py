@@ -1,5 +1,5 @@
 """Where the tokens of a program lie and how its tiles are read, for the mixed-attention kernels."""
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 

@@ -52,9 +52,25 @@ def describe(
     return Variant(name, function, signature, dict(constants), warps, stages, limits(arch))
 
 
-INPUTS = ("q", "k", "v", "o", "do", "dq", "dk", "dv", "extra_k", "extra_v", "fq", "fk", "dfq", "dfk", "linear")
+INPUTS: tuple[str, ...] = (
+    "q",
+    "k",
+    "v",
+    "o",
+    "do",
+    "dq",
+    "dk",
+    "dv",
+    "extra_k",
+    "extra_v",
+    "fq",
+    "fk",
+    "dfq",
+    "dfk",
+    "linear",
+)
 INPUTS += ("features", "values", "upstream")
-SINGLE = (
+SINGLE: tuple[str, ...] = (
     "lse",
     "delta",
     "gain",
@@ -90,10 +106,10 @@ def branch_kind(arch: str, kind: str) -> tuple[Any, str, str]:
 OPTIONS = ("kinds", "patterns", "valid", "extra_k", "extra_v", "extra_at", "sink_logits", "cu_q", "cu_k")
 CASES: tuple[tuple[str, dict[str, Any], int, tuple[str, ...], bool], ...] = (
     # name, constants that differ, branch, optional tensors that are there, also for the small tiles
-    ("causal", {"CAUSAL": True}, NONE, (), True),
+    ("causal", {"CAUSAL": True}, NONE, (), False),
     ("causal-shared", {"CAUSAL": True, "SOFTCAP": True}, SHARED, OPTIONS[2:], False),
     ("window-separate", {"REST": BOTH}, SEPARATE, OPTIONS[2:7], False),
-    ("blocks", {"RANGES": False, "REST": LISTS}, NONE, (), True),
+    ("blocks", {"RANGES": False, "REST": LISTS}, NONE, (), False),
     ("blocks-separate", {"RANGES": False, "REST": LISTS}, SEPARATE, (), False),
     ("partial-shared", {"RANGES": False, "REST": LISTS, "CAUSAL": True}, SHARED, (*OPTIONS[:3], *OPTIONS[6:]), True),
 )
@@ -103,8 +119,8 @@ def forward_variants(arch: str) -> Iterator[Variant]:
     """What `mixed_forward` launches; the group size and the sizes of list blocks stand for all."""
     for kind, dim in itertools.product(("bf16", "fp16", "fp32"), (64, 128, 256)):
         for name, differs, branch, there, small in CASES:
-            if kind == "fp16" and branch == NONE:
-                continue  # as bf16
+            if kind == "fp16" and not (small or differs.get("REST") == BOTH):
+                continue  # as bf16, but for what a branch multiplies in fp32
             for number, t in enumerate(configurations(arch, dim, kind != "fp32")):
                 if small or not number:
                     yield _forward(arch, kind, dim, t, name, differs, branch, there)
@@ -144,7 +160,7 @@ def backward_variants(arch: str) -> Iterator[Variant]:
         own = query_tile(arch, kind != "fp32", dim)
         for ranges, full in itertools.product((True, False), (True, False)):
             key = key_tile(arch, kind != "fp32", dim, full, not ranges)
-            absent = LISTED if ranges else ("window",)
+            absent: tuple[str, ...] = LISTED if ranges else ("window",)
             if not full:
                 absent += FEATURED
             absent += FEATURED[:2] if ranges else FEATURED[3:6]
