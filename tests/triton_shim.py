@@ -115,7 +115,7 @@ def made(handle):
 
 def load(self, ptrs, mask, other, *more, **named):
     if ptrs.get_element_ty() != tl.bfloat16:
-        return _original["create_masked_load"](self, ptrs, mask, other, *more, **named)
+        return _original["create_masked_load"](self, ptrs, _masks(mask), other, *more, **named)
     handle = interpreter.TensorHandle
     as_bits = handle(ptrs.data, tl.pointer_type(tl.uint16))
     other = None if other is None else handle(to_bits(np.asarray(other.data)), tl.uint16)
@@ -132,8 +132,10 @@ def store(self, ptrs, value, mask, *more, **named):
 
 
 def _masks(mask):
-    """Descriptors hand over a plain array where a handle is expected."""
-    return interpreter.TensorHandle(mask, tl.int1) if isinstance(mask, np.ndarray) else mask
+    """As a handle of booleans: descriptors hand over a plain array, a constant may be an integer (3.9 refuses that)."""
+    data = np.asarray(mask if isinstance(mask, np.ndarray) else mask.data)
+    print(data.dtype) if data.dtype!=bool else None
+    return interpreter.TensorHandle(data.astype(bool, copy=False), tl.int1)
 
 
 def cast(self, src, dst_type):
