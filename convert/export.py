@@ -29,7 +29,7 @@ from .files import read_json, sha256_file, write_json, write_text
 from .hosts.transformers import NAME, Site, SiteOperators, plan_block
 from .runs import DONE, KEY
 
-ROOTS = ("operators", "backend_torch", "backend_cpp", "backend_triton")  # what loads by name, and what those import
+ROOTS = ("operators", "backend_torch", "backend_cpp", "backend_triton")  # beside the files of Triton, loaded by name
 CPP_SOURCES = "cpp_sources"  # the module that holds the C++ files in a checkpoint, as `kernels.cpp_build` expects it
 HEADER = """# attnconvert {version}, https://github.com/attnconvert/attnconvert, Apache-2.0
 # Part of an exported checkpoint: it loads with trust_remote_code=True where attnconvert is not installed.
@@ -116,8 +116,9 @@ def _write_runtime(folder: Path, base: type) -> None:
 
 
 def kernels() -> list[str]:
-    """The files of `kernels` that a checkpoint needs: the roots and all that they import."""
-    folder, found, left = files("attnconvert") / "kernels", set[str](), list(ROOTS)
+    """The files of `kernels` that a checkpoint needs: those that are loaded by name, and all that they import."""
+    folder, found = files("attnconvert") / "kernels", set[str]()
+    left = [*ROOTS, *(path.name[:-3] for path in folder.iterdir() if re.fullmatch(r"triton_\w+\.py", path.name))]
     while left:
         name = left.pop()
         if name not in found:

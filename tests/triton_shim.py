@@ -134,7 +134,6 @@ def store(self, ptrs, value, mask, *more, **named):
 def _masks(mask):
     """As a handle of booleans: descriptors hand over a plain array, a constant may be an integer (3.9 refuses that)."""
     data = np.asarray(mask if isinstance(mask, np.ndarray) else mask.data)
-    print(data.dtype) if data.dtype!=bool else None
     return interpreter.TensorHandle(data.astype(bool, copy=False), tl.int1)
 
 
