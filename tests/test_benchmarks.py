@@ -462,7 +462,7 @@ def test_the_built_in_check_finds_a_kernel_that_is_wrong(monkeypatch):
 
 def test_the_page_has_every_target_and_says_what_was_not_measured(quick, dry, tmp_path):
     def lines():
-        found = tables.goals(tmp_path, (3, ["kernel x on sm_90 spills 8 bytes"]))
+        found = tables.goals(tmp_path, (3, ["kernel x on sm_90 spills 8 bytes"], 3))
         return [line for line in found if line.startswith("| ") and not line.startswith("| where")]
 
     empty = lines()
@@ -471,7 +471,7 @@ def test_the_page_has_every_target_and_says_what_was_not_measured(quick, dry, tm
     assert "| 2 of 3 | **no** (kernel x on sm_90 spills 8 bytes) |" in "\n".join(empty)
     tables.save(quick, tmp_path / "cpu.json")
     tables.save(dry, tmp_path / "h200.json")
-    recipe = {"speed": {"8192": {"prefill_speedup": 3.25}}}
+    recipe = {"speed": {"8192": {"prefill_speedup": 3.25}}, "backend": "auto"}
     (tmp_path / f"{tables.RECIPE}.json").write_text(json.dumps(recipe))
     full = "\n".join(lines())
     assert "whole model, bf16 | 3× | 3.25×" in full
