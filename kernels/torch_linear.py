@@ -37,7 +37,8 @@ def _packed(p: Linear, varlen: Varlen) -> tuple[Tensor, Tensor, Tensor | None]:
         )
         parts.append(linear(one))
     o, den = (torch.cat([part[x] for part in parts], 2) for x in (0, 1))
-    return o, den, torch.cat([part[2] for part in parts], 0) if p.causal else None  # type: ignore[misc]
+    states = [state for _, _, state in parts if state is not None]
+    return o, den, torch.cat(states, 0) if states else None
 
 
 def wide(x: Tensor) -> Tensor:

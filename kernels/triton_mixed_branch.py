@@ -325,13 +325,15 @@ def key_values_kernel(
 # --------------------------------------------------------------------------------------------------------- on the host
 
 
-def branch_tiles(arch: str, half: bool, pad: int) -> tuple[Tile, int]:
-    """Of the three kernels, with the features at once."""
+def branch_tiles(arch: str, half: bool, pad: int) -> tuple[Tile, Tile, int]:
+    """Of the two kernels for features and of that for values, and the features at once."""
     if half and pad <= 128:
-        return Tile(64, 32, 4 if arch != "gfx942" else 8, 1), 64
+        t = Tile(64, 32, 8 if arch == "gfx942" else 4, 1)
+        return t, t, 64
     if half:
-        return Tile(64, 32, 8, 1), 32
-    return Tile(32, 16, 8, 1), 32 if pad <= 128 else 16
+        return Tile(32, 32, 4, 1) if arch == "gfx942" else Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), 32
+    t = Tile(32, 16, 8, 1)
+    return t, t, 32 if pad <= 128 else 16
 
 
 def branch_gradients(
@@ -353,7 +355,7 @@ def branch_gradients(
     lists = isinstance(p.where, Blocks)
     rest = LISTS if lists else BEFORE if p.causal else BOTH
     kind, precision = branch_type(branch.fq, branch.fk, p.v, upstream)
-    t, bf = branch_tiles(arch, kind == tl.bfloat16, padded(s.dim))
+    t, tv, bf = branch_tiles(arch, kind == tl.bfloat16, padded(s.dim))
     fresh = torch.empty if p.varlen is None else torch.zeros
     dfq = like(branch.fq, p.varlen is not None)
     dfk = fresh(branch.fk.shape, dtype=torch.float32 if rest == BOTH else branch.fk.dtype, device=p.q.device)
@@ -364,7 +366,7 @@ def branch_gradients(
     window = None if isinstance(p.where, Blocks) else p.where.window
     common = {
         "GROUP": s.per, "DIM": s.dim, "FEATURES": width, "REST": rest, "SHARED": branch.shared,
-        "PAD": padded(s.dim), "TYPE": kind, "PRECISION": precision, "num_warps": t.warps, "num_stages": t.stages,
+        "PAD": padded(s.dim), "TYPE": kind, "PRECISION": precision,
     } | limits(arch)  # fmt: skip
     own = min(t.own, divisor(chunk, 1024))
     numbers = (s.rows, s.keys, chunk)
@@ -372,7 +374,8 @@ def branch_gradients(
         query_features_kernel[triton.cdiv(s.rows, own) * triton.cdiv(width, bf), s.heads, s.count](
             branch.fk, p.v, upstream, gain, delta, sides[0].kv, sides[0].z, sides[-1].kv, sides[-1].z, dfq, window,
             branch.groups, *cu, *numbers, sides[0].count - (not lists), branches, p.q.shape[2], *strides(branch.fk),
-            *strides(p.v), *strides(upstream), *strides(dfq), BM=own, BN=t.walk, BF=bf, **common,
+            *strides(p.v), *strides(upstream), *strides(dfq), BM=own, BN=t.walk, BF=bf,
+            num_warps=t.warps, num_stages=t.stages, **common,
         )  # fmt: skip
     del sides
     row_chunk = p.where.block[0] if isinstance(p.where, Blocks) else chunk
@@ -385,7 +388,7 @@ def branch_gradients(
         if rest == BOTH:
             passes.append((scanned(sums, branches, torch.float32, False), True))
     for states, after in passes:
-        _key_side(p, branch, states, after, upstream, gain, delta, dfk, dv, window, t, bf, common)
+        _key_side(p, branch, states, after, upstream, gain, delta, dfk, dv, window, (t, tv, bf), common)
     return dfq, dfk.to(branch.fk.dtype), dv
 
 
@@ -400,26 +403,29 @@ def _key_side(
     dfk: Tensor,
     dv: Tensor,
     window: Tensor | None,
-    t: Tile,
-    bf: int,
+    chosen: tuple[Tile, Tile, int],
     common: dict[str, object],
 ) -> None:
     """dφ(k) and dv from what the rows after the keys (or `after` them in the other direction) have summed up."""
     s, (branches, width), chunk = sizes_of(p), branch.fk.shape[1::2], states.chunk
-    own = min(t.own, divisor(chunk, 1024))
-    tiles = triton.cdiv(s.keys, own)
-    if window is not None:
-        tiles = (triton.cdiv(s.keys, chunk) + 1) * (chunk // own)
+    t, tv, bf = chosen
+
+    def tiles(own: int) -> int:
+        """Of the keys; those of windows begin where windows end, not at 0."""
+        return triton.cdiv(s.keys, own) if window is None else (triton.cdiv(s.keys, chunk) + 1) * (chunk // own)
+
     shared = (window, branch.groups, *cumulative(p), s.rows, s.keys, chunk, states.count, branches, s.groups)
     if not p.k.numel():
         return
-    key_features_kernel[tiles * triton.cdiv(width, bf), s.groups, s.count](
+    own = min(t.own, divisor(chunk, 1024))
+    key_features_kernel[tiles(own) * triton.cdiv(width, bf), s.groups, s.count](
         p.v, branch.fq, branch.fk, upstream, gain, delta, states.kv, states.z, dfk, *shared, p.q.shape[2],
         *strides(p.v), *strides(branch.fq), *strides(branch.fk), *strides(upstream), *strides(dfk), AFTER=after, BN=own,
-        BM=t.walk, BF=bf, **common,
+        BM=t.walk, BF=bf, num_warps=t.warps, num_stages=t.stages, **common,
     )  # fmt: skip
-    key_values_kernel[tiles, s.groups, s.count](
+    own = min(tv.own, divisor(chunk, 1024))
+    key_values_kernel[tiles(own), s.groups, s.count](
         branch.fq, branch.fk, upstream, gain, states.kv, dv, *shared, p.q.shape[2], p.k.shape[2],
-        *strides(branch.fq), *strides(branch.fk), *strides(upstream), AFTER=after, BN=own, BM=t.walk, BF=min(bf, 32),
-        **common,
+        *strides(branch.fq), *strides(branch.fk), *strides(upstream), AFTER=after, BN=own, BM=tv.walk,
+        BF=min(bf, 32), num_warps=tv.warps, num_stages=tv.stages, **common,
     )  # fmt: skip

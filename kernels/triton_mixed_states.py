@@ -251,7 +251,7 @@ class SumTiles:
 def sum_tiles(arch: str, half: bool) -> SumTiles:
     """For `sums_kernel`; `half` is bf16 multiplication, otherwise fp32."""
     if half:
-        return SumTiles(64, 128, 128, 8, 1 if arch == "gfx942" else 2)
+        return SumTiles(32, 128, 128, 8, 1) if arch == "gfx942" else SumTiles(64, 128, 128, 8, 2)
     return SumTiles(32, 64, 64, 4, 1)
 
 

@@ -206,7 +206,7 @@ def branch_variants(arch: str) -> Iterator[Variant]:
     """What `branch_gradients` launches besides the states; two features for each number of a head."""
     for kind, dim, rest in itertools.product(("bf16", "fp16", "fp32"), (64, 128, 256), (BEFORE, BOTH, LISTS)):
         number, precision, _ = branch_kind(arch, kind)
-        t, bf = branch_tiles(arch, kind == "bf16", dim)
+        t, tv, bf = branch_tiles(arch, kind == "bf16", dim)
         constants: dict[str, Any] = {
             "GROUP": 4, "DIM": dim, "FEATURES": 2 * dim, "REST": rest, "SHARED": True, "PAD": dim, "TYPE": number,
             "PRECISION": precision, "cu_q": None, "cu_k": None,
@@ -220,9 +220,8 @@ def branch_variants(arch: str) -> Iterator[Variant]:
         yield describe(
             arch, f"key-features-{label}", key_features_kernel, kind, keys | {"BF": bf}, t.warps, t.stages, **single
         )  # fmt: skip
-        yield describe(
-            arch, f"key-values-{label}", key_values_kernel, kind, keys | {"BF": min(bf, 32)}, t.warps, t.stages
-        )  # fmt: skip
+        keys |= {"BN": tv.own, "BM": tv.walk, "BF": min(bf, 32)}
+        yield describe(arch, f"key-values-{label}", key_values_kernel, kind, keys, tv.warps, tv.stages)
 
 
 def states_variants(arch: str) -> Iterator[Variant]:
