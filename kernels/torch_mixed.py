@@ -93,12 +93,12 @@ def _join(terms: Terms, tail: Tensor, branch: Branch) -> Terms:
     assert branch.weight is not None
     where = [g for g, t in sorted(enumerate(branch.index), key=lambda x: x[1]) if t >= 0]
     c = branch.weight.to(tail.dtype).reshape(1, *tail.shape[1:3], 1, 1)
-    c = torch.where(tail[..., -1:] > 0, c, torch.full_like(c, -torch.inf))  # nothing there: no shift by it
+    there = torch.where(tail[..., -1:] > 0, c, torch.full_like(c, -torch.inf))  # a tail of 0 shifts nothing
     # the maximum is only a shift: its gradient is none
     top = terms.top[:, where]
-    shift = torch.maximum(torch.where(terms.total[:, where] > 0, top, torch.full_like(top, -torch.inf)), c).detach()
+    shift = torch.maximum(torch.where(terms.total[:, where] > 0, top, torch.full_like(top, -torch.inf)), there).detach()
     shift = torch.where(torch.isfinite(shift), shift, torch.zeros_like(shift))
-    near, far = torch.exp(torch.where(terms.total[:, where] > 0, top - shift, 0.0)), torch.exp(c - shift)
+    near, far = torch.exp(torch.where(terms.total[:, where] > 0, top - shift, 0.0)), torch.exp((c - shift).clamp(max=60))
     number = terms.number[:, where] * near + tail[..., :-1] * far
     total = terms.total[:, where] * near + tail[..., -1:] * far
     if where == list(range(len(branch.index))):
