@@ -36,7 +36,9 @@ def test_ranges_are_the_definition(seed, dtype, causal, rows):
 @pytest.mark.parametrize("causal", [True, False])
 def test_soft_caps_sinks_huge_logits_and_views(seed, more, causal):
     dtype = torch.float32 if "spread" in more else torch.float64  # where one logit decides, gradients are all rounding
-    compare(cases.softmax_case(cases.generator(seed), causal=causal, dtype=dtype, **more))
+    compare(
+        cases.softmax_case(cases.generator(seed), causal=causal, dtype=dtype, **more), gradients="spread" not in more
+    )
 
 
 @pytest.mark.parametrize("causal", [True, False])
