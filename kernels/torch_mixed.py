@@ -98,7 +98,10 @@ def _join(terms: Terms, tail: Tensor, branch: Branch) -> Terms:
     top = terms.top[:, where]
     shift = torch.maximum(torch.where(terms.total[:, where] > 0, top, torch.full_like(top, -torch.inf)), there).detach()
     shift = torch.where(torch.isfinite(shift), shift, torch.zeros_like(shift))
-    near, far = torch.exp(torch.where(terms.total[:, where] > 0, top - shift, 0.0)), torch.exp((c - shift).clamp(max=60))
+    near, far = (
+        torch.exp(torch.where(terms.total[:, where] > 0, top - shift, 0.0)),
+        torch.exp((c - shift).clamp(max=60)),
+    )
     number = terms.number[:, where] * near + tail[..., :-1] * far
     total = terms.total[:, where] * near + tail[..., -1:] * far
     if where == list(range(len(branch.index))):

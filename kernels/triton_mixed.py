@@ -392,7 +392,8 @@ def mixed_forward(p: Softmax, branch: Branch | None, *, config: Tile | None = No
             narrow = torch.bfloat16 if kind == tl.bfloat16 else torch.float32
             sides, final = key_states(p, branch, arch, narrow, chunk)
         if p.q.numel():
-            _launch(p, branch, s, config or tile_for(p, arch), sides, (o, lse, linear, den))
+            full = branch is not None or (isinstance(p.where, Blocks) and p.where.kinds is not None)
+            _launch(p, branch, s, config or tile_for(p, arch, full), sides, (o, lse, linear, den))
     return Mixed(o=o, lse=lse, linear=linear, den=den, state=final)
 
 

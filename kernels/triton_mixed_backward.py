@@ -381,7 +381,8 @@ def _queries(p: Softmax, arch: str, do: Tensor, lse: Tensor, delta: Tensor, dq: 
         *strides(p.k), *strides(p.v), *strides(do), *strides(dq), *strides(extra.k if extra else None),
         *strides(extra.v if extra else None), GROUP=s.per, DIM=s.dim, CAUSAL=p.causal,
         RANGES=isinstance(p.where, Ranges), SOFTCAP=p.softcap > 0, BQ=lists.block[0],
-        BK=max(lists.block[1], t.walk), BM=t.own, BN=t.walk, BE=16, PAD=padded(s.dim), PRECISION=dot_precision(p.q.dtype), num_warps=t.warps,
+        BK=max(lists.block[1], t.walk), BM=t.own, BN=t.walk, BE=16, PAD=padded(s.dim),
+        PRECISION=dot_precision(p.q.dtype), num_warps=t.warps,
         num_stages=t.stages, **limits(arch),
     )  # fmt: skip
 

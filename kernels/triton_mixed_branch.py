@@ -18,7 +18,7 @@ from .problem import Blocks, Branch, Softmax
 from .triton_mixed_host import branch_type, cumulative, like, limits, sizes_of, strides
 from .triton_mixed_shapes import Tile, divisor, padded
 from .triton_mixed_states import WHOLE, States, gathered, key_states, scanned, tile_sums, unlisted
-from .triton_mixed_tiles import FAR, alive_tile, sequence, tile, window_of
+from .triton_mixed_tiles import FAR, alive_tile, sequence, window_of
 
 BEFORE, BOTH, LISTS = 1, 2, 3  # REST, as in `triton_mixed`
 
@@ -34,14 +34,26 @@ def dot_state(a, s, acc, TYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def query_state(
-    acc, dot, d, kv, z, f, column, some, DIM: tl.constexpr, F: tl.constexpr, T: tl.constexpr, P: tl.constexpr
-):
-    """acc + do·KV − δ z for the features f."""
-    live = (f < F) & some
-    state = tl.load(kv + column[:, None] + f[None, :] * DIM, mask=live[None, :] & (column < DIM)[:, None], other=0.0)
-    one = tl.load(z + f, mask=live, other=0.0)
-    return dot_state(dot, state, acc - d[:, None] * one[None, :], T, P)
+def times_state(
+    acc, base, stride, live, token, state, f, some, DIM: tl.constexpr, PAD: tl.constexpr, FEATURES: tl.constexpr,
+    FINITE: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + x · stateᵀ for tokens x (…, D) at `base` and the features f, 64 columns of x at once.
+
+    FINITE takes what is not for zero: the values of padding keys, whose gradient is dropped.
+    """
+    part: tl.constexpr = PAD if PAD < 64 else 64
+    lane = tl.arange(0, part)
+    for at in range(0, tl.where(some, DIM, 0), part):
+        column = at + lane
+        inside = column < DIM
+        x = tl.load(base + (token[:, None] * stride + column[None, :]), mask=live[:, None] & inside[None, :], other=0.0)
+        if FINITE:
+            x = tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0)
+        live_f = (f < FEATURES)[None, :]
+        s = tl.load(state + column[:, None] + f[None, :] * DIM, mask=live_f & inside[:, None], other=0.0)
+        acc = dot_state(x, s, acc, TYPE, PRECISION)
+    return acc
 
 
 @triton.jit
@@ -96,10 +108,7 @@ def query_features_kernel(
         head = t * GROUP + h % GROUP
         source = h if SHARED else head
         count = heads if SHARED else branches * GROUP
-        dot = tile(
-            upstream + b * u_b.to(tl.int64) + source * u_h.to(tl.int64) + row0 * u_n,
-            first, u_n, row, column, rows, DIM, True,
-        )  # fmt: skip
+        u_base = upstream + b * u_b.to(tl.int64) + source * u_h.to(tl.int64) + (row0 + first) * u_n
         d = tl.load(delta + (b * count + source).to(tl.int64) * delta_n + row0 + first + row, mask=live, other=0.0)
         a = tl.load(
             gain + (b * branches * GROUP + head).to(tl.int64) * delta_n + row0 + first + row, mask=live, other=0.0
@@ -109,16 +118,20 @@ def query_features_kernel(
         if REST != 3:
             w = window_of(window, g)
             some = w < FAR
-        acc = tl.zeros((BM, BF), tl.float32)
         index = first // chunk
         lane = (n * branches + t).to(tl.int64)
         state = (lane * chunks + index) * FEATURES
         if REST != 3:
             state = (lane * (chunks + 1) + index) * FEATURES
-        acc = query_state(acc, dot, d, kv + state * DIM, z + state, f, column, some, DIM, FEATURES, TYPE, PRECISION)
+        live_f = (f < FEATURES) & some
+        acc = -d[:, None] * tl.load(z + state + f, mask=live_f, other=0.0)[None, :]
+        acc = times_state(
+            acc, u_base, u_n, live, row, kv + state * DIM, f, some, DIM, PAD, FEATURES, False, TYPE, PRECISION
+        )  # fmt: skip
         if REST != 3:
             fk_base = fk + b * fk_b.to(tl.int64) + t * fk_h.to(tl.int64) + key0 * fk_n
             v_base = v + b * v_b.to(tl.int64) + g * v_h.to(tl.int64) + key0 * v_n
+            dot = alive_tile(u_base, 0, u_n, row, column, live, DIM)
             offset = first - index * chunk
             begin = index * chunk + shift - w + 1
             acc = query_triangle(
@@ -127,8 +140,9 @@ def query_features_kernel(
             )  # fmt: skip
         if REST == 2:
             state = (lane * chunks + index) * FEATURES
-            acc = query_state(
-                acc, dot, d, kv_after + state * DIM, z_after + state, f, column, some, DIM, FEATURES, TYPE, PRECISION
+            acc -= d[:, None] * tl.load(z_after + state + f, mask=live_f, other=0.0)[None, :]
+            acc = times_state(
+                acc, u_base, u_n, live, row, kv_after + state * DIM, f, some, DIM, PAD, FEATURES, False, TYPE, PRECISION
             )  # fmt: skip
             begin = index * chunk + shift + tl.maximum(w, 1)
             acc = query_triangle(
@@ -202,20 +216,16 @@ def key_features_kernel(
         j = first + lane
         inside = (j >= 0) & (j < keys)
         live_f = f < FEATURES
-        vt = alive_tile(
-            v + b * v_b.to(tl.int64) + g * v_h.to(tl.int64) + key0 * v_n, first, v_n, lane, column, inside, DIM
-        )  # fmt: skip
-        vt = tl.where(tl.abs(vt.to(tl.float32)) < float("inf"), vt, 0.0)  # of padding keys, whose gradient is dropped
+        v_base = v + b * v_b.to(tl.int64) + g * v_h.to(tl.int64) + (key0 + first) * v_n
         at, some = state_place(c, chunks, rows, chunk, REST, AFTER)
         place = ((n * branches + t).to(tl.int64) * chunks + at) * FEATURES
-        u = tl.load(
-            state + place * DIM + column[:, None] + f[None, :] * DIM,
-            mask=(live_f & some)[None, :] & (column < DIM)[:, None],
-            other=0.0,
-        )
         acc = tl.zeros((BN, BF), tl.float32) + tl.load(state_z + place + f, mask=live_f & some, other=0.0)[None, :]
-        acc = dot_state(vt, u, acc, TYPE, PRECISION)
+        acc = times_state(
+            acc, v_base, v_n, inside, lane, state + place * DIM, f, some, DIM, PAD, FEATURES, True, TYPE, PRECISION
+        )  # fmt: skip
         if REST != 3:
+            vt = alive_tile(v_base, 0, v_n, lane, column, inside, DIM)
+            vt = tl.where(tl.abs(vt.to(tl.float32)) < float("inf"), vt, 0.0)
             low = x0 * 0 if AFTER else x0 // BM * BM
             high = tl.minimum(x0 + BN, chunk) if AFTER else chunk
             tiles = tl.where(near, tl.cdiv(high - low, BM), 0)
@@ -331,7 +341,7 @@ def branch_tiles(arch: str, half: bool, pad: int) -> tuple[Tile, Tile, int]:
         t = Tile(64, 32, 8 if arch == "gfx942" else 4, 1)
         return t, t, 64
     if half:
-        return Tile(32, 32, 4, 1) if arch == "gfx942" else Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), 32
+        return Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), 32
     t = Tile(32, 16, 8, 1)
     return t, t, 32 if pad <= 128 else 16
 

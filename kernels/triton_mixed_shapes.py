@@ -35,7 +35,7 @@ def divisor(number: int, most: int) -> int:
 
 
 LARGE = {  # the tile for many rows, by architecture, half precision and padded head dimension
-    ("sm_80", True): {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
+    ("sm_80", True): {64: Tile(128, 64, 8, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
     ("sm_89", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
     ("sm_90", True): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
     ("sm_100", True): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
@@ -48,18 +48,26 @@ LARGE = {  # the tile for many rows, by architecture, half precision and padded 
 }
 
 
-def configurations(arch: str, dim: int, half: bool) -> tuple[Tile, ...]:
-    """The tiles for many rows down to those for few."""
+FULL = {  # where a branch, or single masked keys of a block, take more registers than there are
+    ("sm_80", True): {128: Tile(128, 32, 8, 3)},
+    ("sm_100", True): {128: Tile(128, 32, 8, 3)},
+}
+
+
+def configurations(arch: str, dim: int, half: bool, full: bool) -> tuple[Tile, ...]:
+    """The tiles for many rows down to those for few; `full` problems have a branch or mask single keys of a block."""
     pad = max(64, padded(dim))
     large = LARGE[arch, half][pad]
+    if full:
+        large = FULL.get((arch, half), {}).get(pad, large)
     middle = Tile(64, large.walk, 4, large.stages) if half and pad <= 128 else Tile(64, large.walk, 8, large.stages)
     small = [Tile(own, min(large.walk, 32), 4 if pad <= 128 else 8, min(large.stages, 2)) for own in (32, 16)]
     return (large, *(x for x in (middle, *small) if x.own < large.own))
 
 
-def tile_for(p: Softmax, arch: str) -> Tile:
+def tile_for(p: Softmax, arch: str, full: bool) -> Tile:
     """The largest tile that the rows fill; a tile lies within one query block of the lists."""
-    options = configurations(arch, p.q.shape[3], p.q.dtype != torch.float32)
+    options = configurations(arch, p.q.shape[3], p.q.dtype != torch.float32, full)
     most = options[0].own if p.varlen is not None else p.q.shape[2]  # packed: whatever the other sequences are
     rows = max(16, triton.next_power_of_2(most))
     walk = options[0].walk
@@ -71,7 +79,7 @@ def tile_for(p: Softmax, arch: str) -> Tile:
 
 
 QUERY = {  # rows, keys of a step, warps, stages of `query_kernel`
-    ("sm_80", True): {64: Tile(128, 32, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 4, 1)},
+    ("sm_80", True): {64: Tile(128, 32, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 4, 1)},
     ("sm_89", True): {64: Tile(128, 32, 8, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 4, 1)},
     ("sm_90", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
     ("sm_100", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},

@@ -248,9 +248,11 @@ class SumTiles:
     stages: int
 
 
-def sum_tiles(arch: str, half: bool) -> SumTiles:
+def sum_tiles(arch: str, half: bool, pad: int) -> SumTiles:
     """For `sums_kernel`; `half` is bf16 multiplication, otherwise fp32."""
     if half:
+        if pad <= 64:  # larger ones do not compile for all of the chips
+            return SumTiles(64, 64, 64, 4, 1 if arch == "gfx942" else 2)
         return SumTiles(32, 128, 128, 8, 1) if arch == "gfx942" else SumTiles(64, 128, 128, 8, 2)
     return SumTiles(32, 64, 64, 4, 1)
 
@@ -258,7 +260,7 @@ def sum_tiles(arch: str, half: bool) -> SumTiles:
 def gather_tiles(arch: str, half: bool, split: bool) -> SumTiles:
     """For `gather_kernel`: `tokens` are source blocks, `features` target blocks, `values` columns."""
     if half:
-        return SumTiles(64, 64, 64 if split else 128, 4, 1 if arch == "gfx942" else 2)
+        return SumTiles(64, 64, 64 if split else 128, 8 if split else 4, 1 if arch == "gfx942" else 2)
     return SumTiles(16, 32, 64, 4, 1)
 
 
@@ -282,7 +284,7 @@ def tile_sums(
     """Sums of `count` pieces over the keys, or over `rows`: values (B, H or Ht · G, Q, D), gain and shift of each."""
     s, (branches, width) = sizes_of(p), branch.fk.shape[1::2]
     kind, precision = branch_type(branch.fq, branch.fk, p.v)
-    t = sum_tiles(arch, kind == tl.bfloat16)
+    t = sum_tiles(arch, kind == tl.bfloat16, s.dim)
     bf, bd = min(t.features, triton.next_power_of_2(max(width, 16))), min(t.values, triton.next_power_of_2(s.dim))
     bd = max(bd, 16)
     kv = torch.empty(s.count * branches, count, width, s.dim, dtype=dtype, device=p.q.device)

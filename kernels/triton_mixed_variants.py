@@ -121,7 +121,7 @@ def forward_variants(arch: str) -> Iterator[Variant]:
         for name, differs, branch, there, small in CASES:
             if kind == "fp16" and not (small or differs.get("REST") == BOTH):
                 continue  # as bf16, but for what a branch multiplies in fp32
-            for number, t in enumerate(configurations(arch, dim, kind != "fp32")):
+            for number, t in enumerate(configurations(arch, dim, kind != "fp32", branch != NONE or "kinds" in there)):
                 if small or not number:
                     yield _forward(arch, kind, dim, t, name, differs, branch, there)
 
@@ -228,7 +228,7 @@ def states_variants(arch: str) -> Iterator[Variant]:
     """What the states of forward and backward launch; two features for each number of a head."""
     for kind, dim in itertools.product(("bf16", "fp16", "fp32"), (64, 128, 256)):
         number, precision, narrow = branch_kind(arch, kind)
-        t = sum_tiles(arch, kind == "bf16")
+        t = sum_tiles(arch, kind == "bf16", dim)
         for rows, pieces in ((False, WHOLE), (False, LEFT), (False, RIGHT), (True, WHOLE)):
             constants = {
                 "DIM": dim, "FEATURES": 2 * dim, "GROUP": 4 if rows else 1, "PIECES": pieces, "ROWS": rows,
