@@ -1,8 +1,9 @@
 """Which back end runs: `triton` on CUDA and ROCm devices, `cpp` on CPUs, `torch` wherever they cannot or should not.
 
 `auto` takes the fastest that can, by device and dtype. There is no break-even to look for on the CPU: the C++ kernels
-are faster than the torch ones at every length that was measured (docs/benchmarks.md, from 1024 tokens on). The choice is logged once for each function and reason. A back end that is asked for by name, by `use`, by
-`backend=` or by the environment variable ATTNCONVERT_BACKEND, runs or raises; nothing else takes its place.
+are faster than the torch ones at every length that was measured (docs/benchmarks.md, from 1024 tokens on). The choice
+is logged once for each function and reason. A back end that is asked for by name, by `use`, by `backend=` or by the
+environment variable ATTNCONVERT_BACKEND, runs or raises; nothing else takes its place.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def _packed(p: Linear, varlen: Varlen) -> tuple[Tensor, Tensor, Tensor | None]:
             state=state,
         )
         parts.append(linear(one))
-    o, den = (torch.cat([part[x] for part in parts], 2) for x in (0, 1))
+    o, den = torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2)
     states = [state for _, _, state in parts if state is not None]
     return o, den, torch.cat(states, 0) if states else None
 

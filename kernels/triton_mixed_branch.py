@@ -422,7 +422,9 @@ def _key_side(
 
     def tiles(own: int) -> int:
         """Of the keys; those of windows begin where windows end, not at 0."""
-        return triton.cdiv(s.keys, own) if window is None else (triton.cdiv(s.keys, chunk) + 1) * (chunk // own)
+        if window is None:
+            return int(triton.cdiv(s.keys, own))
+        return int(triton.cdiv(s.keys, chunk) + 1) * (chunk // own)
 
     shared = (window, branch.groups, *cumulative(p), s.rows, s.keys, chunk, states.count, branches, s.groups)
     if not p.k.numel():
