@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import difflib
-import gc
 import os
-import signal
-import sys
-import traceback
-import warnings
-from collections.abc import Callable, Sequence
-from inspect import cleandoc
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
-from .convert.errors import Interrupted, UsageError
-from .convert.failures import EXIT_CODES, TERMINATED, told
+from .convert.errors import UsageError
+from .convert.failures import EXIT_CODES
+from .convert.guard import guarded
 from .convert.keys import STAGES
+from .convert.options import (
+    Amounts,
+    AsJson,
+    Out,
+    Quiet,
+    RunFolder,
+    Set,
+    Target,
+    Verbose,
+    budget_overrides,
+    command,
+)
+from .convert.recipe_commands import recipes_app
 from .convert.terminal import Terminal
 from .kernels.spec import BACKENDS
 
@@ -28,7 +35,6 @@ if TYPE_CHECKING:
     from .convert.recipe import Recipe
     from .convert.runs import Run
 
-Function = TypeVar("Function", bound=Callable[..., None])
 CODES = "[b]Exit codes[/b]\n\n" + "\n\n".join(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())
 
 app = typer.Typer(
@@ -43,7 +49,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipes_app = typer.Typer(help="The recipes that are shipped, and checks of your own.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 
 
@@ -67,40 +72,10 @@ def _everywhere(
     os.environ["ATTNCONVERT_BACKEND"] = backend  # the processes that export starts take it over
 
 
-def _command(group: typer.Typer, name: str) -> Callable[[Function], Function]:
-    """Registers a command; each paragraph of its docstring becomes one line, which the terminal may break anew."""
-
-    def register(function: Function) -> Function:
-        paragraphs = cleandoc(function.__doc__ or "").split("\n\n")
-        function.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-        return group.command(name)(function)
-
-    return register
-
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document; everything else goes to stderr.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the libraries' messages and full tracebacks.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only warnings and the result.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)]
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", metavar="DIR", help="The run directory; else runs/<recipe name>.", show_default=False),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Override a setting, such as sample.sequences=16. Repeatable.",
-        show_default=False,
-    ),
-]
-
-
 # --- the stages -------------------------------------------------------------------------------------------------------
 
 
-@_command(app, "run")
+@command(app, "run")
 def run_command(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file or a shipped name.", show_default=False)],
     out: Out = None,
@@ -130,16 +105,9 @@ def run_command(
         _run(loaded, folder, until, terminal)
 
 
-@_command(app, "profile")
+@command(app, "profile")
 def profile(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL|RECIPE|RUN",
-            help="A model (folder, file.gguf, hub id owner/name, package:name==version:file), a recipe or a run.",
-            show_default=False,
-        ),
-    ],
+    target: Target,
     out: Out = None,
     settings: Set = None,
     as_json: AsJson = False,
@@ -154,29 +122,88 @@ def profile(
     [dim]Example:[/dim] attnconvert profile HuggingFaceTB/SmolLM2-135M-Instruct --set model.dtype=float32
     """
     terminal = Terminal(as_json=as_json, verbose=verbose, quiet=quiet)
-    if Path(target, "recipe.yaml").is_file():
-        if out is not None or settings:
-            raise UsageError(f"{target} is a run, which has its recipe and its place: leave --out and --set away")
-        _one_stage(Path(target), "profile", terminal)
-        return
-    from .convert.defaults import recipe_for
-
-    loaded = recipe_for(target, settings or ())
-    _run(loaded, out or Path("runs") / loaded.name, "profile", terminal)
+    _one_stage(_run_of(target, out, settings).path, "profile", terminal)
 
 
-@_command(app, "select")
-def select(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, quiet: Quiet = False) -> None:
-    """Choose an operator for every KV group, under the budget of the recipe.
+@command(app, "costs")
+def costs(
+    target: Target,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Tokens, with commas; else those that the recipe speaks of.", show_default=False),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Samples of each; the median counts.")] = 3,
+    out: Out = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time every candidate operator on this machine, at your lengths: what budgets in milliseconds are counted by.
 
-    The plan is RUN/plan.yaml, which you may edit before the next stage.
+    The table stays in the run, with the name of the machine. What was not timed is filled in by a model of FLOPs, bytes
+    and launches (marked ≈), and the last lines say how far that model is from the clock.
 
-    [dim]Example:[/dim] attnconvert select runs/demo
+    [dim]Example:[/dim] attnconvert costs runs/demo --lengths 2048,8192,32768
     """
-    _one_stage(run, "select", Terminal(as_json=as_json, verbose=verbose, quiet=quiet))
+    from .convert.costs import costs_document, costs_table
+
+    terminal = Terminal(as_json=as_json, verbose=verbose, quiet=quiet)
+    run = _run_of(target, out, settings)
+    wanted = _lengths(lengths) if lengths else []
+    found = _pipeline().Work(run, terminal.track).costs(wanted, batch, repeats)
+    terminal.result(costs_document(found), costs_table(found))
 
 
-@_command(app, "sample")
+@command(app, "select")
+def select(
+    run: RunFolder,
+    prefill_ms: Annotated[Amounts, typer.Option(metavar="AMOUNT@LENGTH", help="Most time of a prefill.")] = None,
+    decode_ms: Annotated[Amounts, typer.Option(metavar="AMOUNT@LENGTH", help="Most time of a decoded token.")] = None,
+    kv_bytes: Annotated[Amounts, typer.Option(metavar="AMOUNT@LENGTH", help="Most bytes of cache.")] = None,
+    flops: Annotated[Amounts, typer.Option(metavar="AMOUNT@LENGTH", help="Most FLOPs of attention.")] = None,
+    keep_quality: Annotated[
+        float | None,
+        typer.Option(metavar="KL", help="The cheapest plan whose measured KL is at most this.", show_default=False),
+    ] = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(metavar="L17H3", help="Say why a head, KV group (L17G1) or layer got its operator."),
+    ] = None,
+    check: Annotated[
+        Path | None, typer.Option(metavar="PLAN", help="Say what is wrong with a plan for this model.")
+    ] = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Choose an operator for every KV group, under the budgets of the recipe or those given here.
+
+    An amount is a number (ms, bytes, FLOPs) or a share of the original's, at a length: [b]--kv-bytes 40%@8192[/b].
+    Budgets given here take the place of the recipe's. The plan is RUN/plan.yaml, which you may edit before the next
+    stage; --check says whether it still fits.
+
+    [dim]Example:[/dim] attnconvert select runs/demo --prefill-ms 50%@8192 --kv-bytes 30%@32768
+    """
+    terminal = Terminal(as_json=as_json, verbose=verbose, quiet=quiet)
+    if check is not None:
+        _check_plan(run, check, terminal)
+        return
+    amounts = {"prefill_ms": prefill_ms, "decode_ms": decode_ms, "kv_bytes": kv_bytes, "flops": flops}
+    changed = [*budget_overrides(amounts, keep_quality), *(settings or ())]
+    if explain is not None:
+        if changed:
+            raise UsageError("--explain tells of the plan that is there: leave budgets and --set away")
+        _explain(run, explain, terminal)
+        return
+    if changed:
+        _run_again(run, changed)
+    _one_stage(run, "select", terminal)
+
+
+@command(app, "sample")
 def sample(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, quiet: Quiet = False) -> None:
     """Let the teacher write the sequences that the student is trained on.
 
@@ -187,7 +214,7 @@ def sample(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, qu
     _one_stage(run, "sample", Terminal(as_json=as_json, verbose=verbose, quiet=quiet))
 
 
-@_command(app, "distill")
+@command(app, "distill")
 def distill(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, quiet: Quiet = False) -> None:
     """Train the converted model to behave as the original one does.
 
@@ -198,7 +225,7 @@ def distill(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, q
     _one_stage(run, "distill", Terminal(as_json=as_json, verbose=verbose, quiet=quiet))
 
 
-@_command(app, "evaluate")
+@command(app, "evaluate")
 def evaluate(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, quiet: Quiet = False) -> None:
     """Compare student and teacher: KL, perplexity, retrieval, memory and speed, and the gates of the recipe.
 
@@ -223,13 +250,55 @@ def evaluate(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, 
     pipeline.require_gates(document)
 
 
-@_command(app, "export")
+@command(app, "export")
 def export(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, quiet: Quiet = False) -> None:
     """Write the checkpoint that from_pretrained loads, and prove it by loading it in clean processes.
 
     [dim]Example:[/dim] attnconvert export runs/demo
     """
     _one_stage(run, "export", Terminal(as_json=as_json, verbose=verbose, quiet=quiet))
+
+
+def _run_of(target: str, out: Path | None, settings: list[str] | None) -> Run:
+    """The run that a target names, or a new one of the model or recipe that it names."""
+    from .convert.defaults import recipe_for
+    from .convert.runs import Run
+
+    if Path(target, "recipe.yaml").is_file():
+        if out is not None or settings:
+            raise UsageError(f"{target} is a run, which has its recipe and its place: leave --out and --set away")
+        return Run.open(Path(target))
+    loaded = recipe_for(target, settings or ())
+    return Run.create(loaded, out or Path("runs") / loaded.name)
+
+
+def _run_again(folder: Path, changed: Sequence[str]) -> None:
+    """The run goes on with other settings."""
+    from .convert.recipe import load_recipe
+    from .convert.runs import Run
+
+    path = _open(folder).path / "recipe.yaml"
+    Run.create(load_recipe(str(path), changed), folder)
+
+
+def _check_plan(folder: Path, plan: Path, terminal: Terminal) -> None:
+    from .convert.plan import check_plan
+
+    problems, notes = check_plan(plan, _pipeline().measured_profile(_open(folder)).sites)
+    if problems:
+        raise UsageError("\n".join(str(problem) for problem in problems))
+    told = [Text(f"{plan}: fits this model"), *(Text(f"note: {note}", style="dim") for note in notes)]
+    terminal.result({"plan": str(plan), "problems": [], "notes": notes}, *told)
+
+
+def _explain(folder: Path, where: str, terminal: Terminal) -> None:
+    from .convert.explain import explain
+    from .convert.plan import read_plan
+
+    run, pipeline = _open(folder), _pipeline()
+    arm = pipeline.selection_of(run)
+    lines = explain(pipeline.measured_profile(run), arm, read_plan(run.plan), where)
+    terminal.result({"where": where, "lines": lines}, *map(Text, lines))
 
 
 def _run(recipe: Recipe, folder: Path, until: str, terminal: Terminal) -> None:
@@ -268,6 +337,13 @@ def _foresee(recipe: Recipe, folder: Path, until: str, terminal: Terminal) -> No
     terminal.result({"run": str(folder), "recipe": recipe.name, "stages": rows}, where, stages_table(rows))
 
 
+def _lengths(given: str) -> list[int]:
+    numbers = [int(part) if part.strip().isdecimal() else 0 for part in given.split(",")]
+    if min(numbers) < 8:
+        raise UsageError(f"--lengths {given}: give whole numbers of at least 8, such as 2048,8192")
+    return numbers
+
+
 def _known_stage(stage: str) -> None:
     if stage not in STAGES:
         close = difflib.get_close_matches(stage, STAGES, n=1)
@@ -291,7 +367,7 @@ def _pipeline() -> Any:
 # --- looking ----------------------------------------------------------------------------------------------------------
 
 
-@_command(app, "bench")
+@command(app, "bench")
 def bench(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="An exported checkpoint, or a run.", show_default=False)
@@ -310,9 +386,7 @@ def bench(
     from .convert.inspection import exported_folder
 
     terminal = Terminal(as_json=as_json, verbose=verbose, quiet=quiet)
-    numbers = [int(part) if part.strip().isdecimal() else 0 for part in lengths.split(",")]
-    if min(numbers) < 8:
-        raise UsageError(f"--lengths {lengths}: give whole numbers of at least 8, such as 2048,8192")
+    numbers = _lengths(lengths)
     checkpoint = exported_folder(folder)
     found = _pipeline().bench(checkpoint, numbers, repeats, decode_tokens, terminal.track)
     from .convert.tables import speed_table
@@ -322,7 +396,7 @@ def bench(
     terminal.result(found, speed_table(found["speed"]), Text(f"{checkpoint} on {told}.", style="dim"))
 
 
-@_command(app, "inspect")
+@command(app, "inspect")
 def inspect(
     target: Annotated[
         str,
@@ -368,120 +442,6 @@ def inspect(
     terminal.result(found, *shown)
 
 
-# --- recipes ----------------------------------------------------------------------------------------------------------
-
-
-@_command(recipes_app, "ls")
-def recipes_ls(as_json: AsJson = False) -> None:
-    """List the shipped recipes.
-
-    [dim]Example:[/dim] attnconvert recipes ls
-    """
-    from .convert.recipe import shipped_recipes
-    from .convert.tables import lines
-
-    found = shipped_recipes()
-    Terminal(as_json=as_json).result(found, lines(found.items()))
-
-
-@_command(recipes_app, "show")
-def recipes_show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe.", show_default=False)],
-    as_json: AsJson = False,
-) -> None:
-    """Print a shipped recipe, to be saved and changed.
-
-    [dim]Example:[/dim] attnconvert recipes show smollm2-135m-window > mine.yaml
-    """
-    from .convert.recipe import load_recipe, recipe_text
-
-    text = recipe_text(name)
-    Terminal(as_json=as_json).result(
-        load_recipe(name).model_dump(mode="json") if as_json else None, Text(text.rstrip(), no_wrap=True)
-    )
-
-
-@_command(recipes_app, "validate")
-def recipes_validate(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recipes to check.", show_default=False)],
-    as_json: AsJson = False,
-) -> None:
-    """Check recipes: every error of every file, as file:line:column; exit code 2 if there is any.
-
-    [dim]Example:[/dim] attnconvert recipes validate mine.yaml
-    """
-    from .convert.recipe import load_recipe
-
-    errors: dict[str, list[str]] = {}
-    for file in files:
-        try:
-            load_recipe(file)
-            errors[str(file)] = []
-        except UsageError as error:
-            errors[str(file)] = str(error).splitlines()
-    told = [problem for problems in errors.values() for problem in problems]
-    good = [Text(f"{name}: valid") for name, problems in errors.items() if not problems]
-    terminal = Terminal(as_json=as_json)
-    terminal.result(errors, Text("\n").join(good) if good else None)
-    if told:
-        raise UsageError("\n".join(told))
-
-
-@_command(recipes_app, "schema")
-def recipes_schema(as_json: AsJson = False) -> None:
-    """Print the JSON Schema of recipes, for editors; it is JSON with and without --json.
-
-    [dim]Example:[/dim] attnconvert recipes schema > recipe.schema.json
-    """
-    from .convert.recipe import json_schema
-
-    Terminal(as_json=True).result(json_schema())
-
-
-# --- exit codes -------------------------------------------------------------------------------------------------------
-
-
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point: runs a command, tells errors in one line, and exits with the code of their kind."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        with warnings.catch_warnings():
-            code = _guarded(given)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    sys.exit(code)
-
-
-def _terminate(number: int, frame: Any) -> NoReturn:
-    sys.exit(TERMINATED)
-
-
-def _guarded(given: list[str]) -> int:
-    traced = bool({"--verbose", "-v"} & set(given)) or bool(os.environ.get("ATTNCONVERT_DEBUG"))
-    goes_on = "; the same command continues" if {"run", *STAGES} & set(given[:3]) else ""
-    try:
-        code = app(given, prog_name="attnconvert", standalone_mode=False)
-        if code != Interrupted.exit_code:  # what newer typers make of Ctrl-C
-            return code if isinstance(code, int) else 0
-        message = f"interrupted{goes_on}"
-    except (KeyboardInterrupt, typer.Abort):
-        code, message = Interrupted.exit_code, f"interrupted{goes_on}"
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
-        if code != TERMINATED:
-            return code
-        message = f"terminated{goes_on}"
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        code, message = told(error)
-        if traced and code == 1:
-            traceback.print_exc()
-    gc.collect()  # a loop that was left in the middle may live on in a cycle, and with it its progress bar
-    console = Console(stderr=True, highlight=False)
-    console.show_cursor()
-    if message:
-        console.print(Text(message), soft_wrap=True)
-    return int(code)
+    guarded(app, arguments)

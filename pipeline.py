@@ -3,152 +3,140 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .convert import evaluation
 from .convert.card import model_card
+from .convert.damage import Group, Joint, marginal_damage
 from .convert.errors import GateMissed, UsageError
 from .convert.export import export, verify
 from .convert.files import read_json, stored, write_json
-from .convert.hosts.models import find_sites
-from .convert.hosts.transformers import Site, all_full
+from .convert.hosts.transformers import all_full
 from .convert.keys import STAGES
 from .convert.machine import hardware
-from .convert.plan import Plan, read_plan, write_plan
+from .convert.observation import Learned, Table
+from .convert.plan import read_plan, write_plan
 from .convert.profiling import Profile, profile
 from .convert.progress import Track, silent
 from .convert.recipe_inputs import ModelSource
+from .convert.refinement import refine
 from .convert.report import write_report
-from .convert.selection import select
-from .convert.sources import Document, fetch_model, load_model, read_texts, refuse_overlap
-from .convert.text import Needles, needles, sequences
-from .distill.loop import distill, load_student
+from .convert.selection import Selection, require_profile, select
+from .convert.sources import Document, fetch_model, load_model, refuse_overlap
+from .convert.text import Needles, sequences
+from .distill.gates import learn_gates
+from .distill.loop import distill
 from .distill.samples import prompts, read_samples, sample
+from .distill.work import STUDENT, Work
+from .kernels.spec import Spec
 
 if TYPE_CHECKING:
-    from .convert.recipe import NeedleSettings, Recipe
+    from .convert.recipe import SelectSettings
     from .convert.runs import Run
 
 log = logging.getLogger("attnconvert")
 PROFILE, SELECT, EVALUATION, EXPORTED = "profile.json", "select.json", "evaluation.json", "exported.json"
-STUDENT = "student"  # the arm that is exported
-
-
-class Work:
-    """A run and what its stages share: the model, loaded once when first needed, its sites and its texts."""
-
-    def __init__(self, run: Run, track: Track = silent) -> None:
-        self.run, self.track = run, track
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.run.recipe
-
-    @cached_property
-    def _loaded(self) -> tuple[Any, Any]:
-        files = fetch_model(self.recipe.model, track=self.track)
-        log.info("loading %s", files.name)
-        model, tokenizer = load_model(files, self.recipe.model)
-        self.run.record(model={"name": files.name, "revision": files.revision, "sha256": files.sha256})
-        return model, tokenizer
-
-    @property
-    def model(self) -> Any:
-        """The teacher, as it came."""
-        return self._loaded[0]
-
-    @property
-    def tokenizer(self) -> Any:
-        return self._loaded[1]
-
-    @cached_property
-    def sites(self) -> list[Site]:
-        return find_sites(self.model)
-
-    @cached_property
-    def calibration(self) -> list[Document]:
-        return read_texts(self.recipe.text.calibration, track=self.track)
-
-    @cached_property
-    def heldout(self) -> list[Document]:
-        return read_texts(self.recipe.text.heldout, track=self.track)
-
-    def needles(self, settings: NeedleSettings, documents: Sequence[Document], seed: int) -> Needles:
-        return needles(self.tokenizer, documents, settings.template, settings.cases, settings.length, seed)
-
-    def check_heldout(self) -> None:
-        """Whether evaluation will have the text it needs: better said now than after hours of training.
-
-        Raises:
-            UsageError: it is too short, or overlaps the calibration text.
-        """
-        settings = self.recipe.evaluate
-        refuse_overlap(self.calibration, self.heldout)
-        for length in settings.lengths:
-            sequences(self.tokenizer, self.heldout, settings.sequences, length, settings.seed)
-        self.needles(settings.needles, self.heldout, settings.seed)
-
-    def plans(self) -> dict[str, Plan]:
-        """The plan of every arm, the student's first."""
-        folder = self.run.folder("select")
-        arms = {STUDENT: read_plan(self.run.plan)}
-        return arms | {arm.name: read_plan(folder / f"{arm.name}.yaml") for arm in self.recipe.compare}
-
-    def trained(self, arm: str) -> Path | None:
-        """The folder of what an arm learned, or None for one that is not trained."""
-        settings = self.recipe.distill
-        if not settings.lora and not settings.transfer:
-            return None
-        if arm != STUDENT and not next(a for a in self.recipe.compare if a.name == arm).distill:
-            return None
-        return self.run.folder("distill") / arm
-
-    def student(self, arm: str) -> Any:
-        """A copy of the model, converted as this arm."""
-        model = copy.deepcopy(self.model)
-        load_student(model, self.plans()[arm].for_sites(self.sites), self.trained(arm))
-        return model
 
 
 def profile_stage(work: Work) -> None:
     """profile/profile.json"""
     settings = work.recipe.profile
     with work.run.stage("profile") as folder:
+        texts = work.profile_texts()
+        task = work.needles(settings.needles, work.calibration, settings.seed)
+        learned = work.learned(texts)
         found = profile(
             work.model,
             work.sites,
-            sequences(work.tokenizer, work.calibration, settings.sequences, settings.length, settings.seed),
-            work.needles(settings.needles, work.calibration, settings.seed),
+            texts,
+            task,
             settings.candidates,
             rows=settings.rows,
             damage=settings.damage,
             folder=folder,
             track=work.track,
+            gradients=settings.gradients,
+            retrieval=[work.needles(x, work.calibration, settings.seed) for x in settings.retrieval],
+            learned=learned,
             data={
                 "model": type(work.model).__name__,
+                "identity": work.identity,
                 "element": work.model.dtype.itemsize,
                 "text": _described(work.calibration),
                 **settings.model_dump(mode="json", exclude={"candidates"}),
             },
         )
+        found = dataclasses.replace(found, gates=_gates(work, task, learned, folder))
         write_json(folder / PROFILE, found.to_json())
+
+
+def _gates(work: Work, task: Needles, learned: Learned, folder: Path) -> Table:
+    """What the methods with learned gates say of the first candidate, each kept in a file of its own."""
+    settings, found = work.recipe.profile, {}
+    for method in settings.gates:
+
+        def learn(method: Any = method) -> Table:
+            return learn_gates(
+                method,
+                work.model,
+                work.sites,
+                task,
+                settings.candidates[0],
+                steps=settings.gate_steps,
+                full=settings.gate_full,
+                seed=settings.seed,
+                learned=learned,
+                folder=folder,
+                track=work.track,
+            )
+
+        found.update(stored(folder / f"gates-{method}.json", learn))
+    return found
 
 
 def select_stage(work: Work) -> None:
     """plan.yaml for the student, select/<arm>.yaml for the others, select/select.json for all"""
     with work.run.stage("select") as folder:
-        measured = Profile.from_json(read_json(work.run.folder("profile") / PROFILE))
+        measured = measured_profile(work.run)
+        known = work.run.manifest().get("model")
+        if known:
+            require_profile(measured, known | {"model": measured.data["model"]}, work.recipe.profile.candidates)
         arms: dict[str, Any] = {}
         wanted = {STUDENT: work.recipe.select} | {arm.name: arm.select for arm in work.recipe.compare}
         for name, settings in wanted.items():
-            chosen = select(measured, settings, measured.data["model"])
-            arms[name] = chosen.to_json()
+            chosen, history = choose(work, measured, settings, folder)
+            arms[name] = chosen.to_json() | ({"refinement": history} if history else {})
             write_plan(work.run.plan if name == STUDENT else folder / f"{name}.yaml", chosen.plan)
         write_json(folder / SELECT, {"schema": 1, "arms": arms})
+
+
+def choose(
+    work: Work, measured: Profile, settings: SelectSettings, folder: Path
+) -> tuple[Selection, list[dict[str, Any]]]:
+    """The plan of one arm; the model is loaded only where whole plans or times must be measured."""
+    model, costs = measured.data["model"], None
+    if any(resource.endswith("_ms") for resource in settings.budgets or ()):
+        costs = work.costs()
+    needs_model = settings.rounds or settings.keep_quality is not None or settings.method == "restore"
+    if not needs_model:
+        return select(measured, settings, model, costs=costs), []
+    task = work.needles(work.recipe.profile.needles, work.calibration, work.recipe.profile.seed)
+    task = task.first(settings.measure_cases)
+    learned = work.learned(work.profile_texts())
+    place = folder / f"measured-{len(task.ids)}"
+    measure = Joint(work.model, work.sites, task, learned, place, work.track)
+    if not settings.rounds:
+        return select(measured, settings, model, costs=costs, measure=measure), []
+
+    def marginal(around: Mapping[Group, Spec]) -> dict[str, Table]:
+        names = measured.candidates
+        return marginal_damage(work.model, work.sites, task, names, learned, around, place, work.track)
+
+    return refine(measured, settings, model, costs=costs, measure=measure, marginal=marginal)
 
 
 def sample_stage(work: Work) -> None:
@@ -306,13 +294,24 @@ def run_one(work: Work, stage: str) -> None:
         log.info("%s is done already", stage)
 
 
+def measured_profile(run: Run) -> Profile:
+    """The profile of a run."""
+    return Profile.from_json(read_json(run.folder("profile") / PROFILE))
+
+
+def selection_of(run: Run, arm: str = STUDENT) -> dict[str, Any]:
+    """What select.json says of an arm."""
+    found: dict[str, Any] = read_json(run.folder("select") / SELECT)["arms"][arm]
+    return found
+
+
 def evaluation_of(run: Run) -> dict[str, Any]:
     """evaluation.json of a run, held against the bounds that its recipe has now: they may change."""
     path = run.folder("evaluate") / EVALUATION
     document: dict[str, Any] = read_json(path)
     unknown = [n for n in run.recipe.gates.kv_ratio if str(n) not in document["arms"][STUDENT]["kv_ratio"]]
     if unknown:
-        sites = Profile.from_json(read_json(run.folder("profile") / PROFILE)).sites
+        sites = measured_profile(run).sites
         plan = read_plan(run.plan).for_sites(sites)
         full = all_full(sites)
         element = 4 if run.recipe.model.dtype == "float32" else 2

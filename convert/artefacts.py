@@ -39,6 +39,7 @@ class Artefacts:
     profile: Mapping[str, Any]
     plan: Mapping[str, Any]
     select: Mapping[str, Any]
+    front: Mapping[str, Any]
     evaluation: Mapping[str, Any]
     logs: Mapping[str, Sequence[Mapping[str, Any]]]
     status: Mapping[str, str]
@@ -71,6 +72,7 @@ def read_artefacts(folder: Path) -> Artefacts:
         profile=_json(places["profile"] / "profile.json"),
         plan=_yaml((folder / PLAN).read_text(encoding="utf-8")) if (folder / PLAN).is_file() else {},
         select=_json(places["select"] / "select.json"),
+        front=_json(places["select"] / "front.json"),
         evaluation=_json(places["evaluate"] / "evaluation.json"),
         logs={path.parent.name: _lines(path) for path in sorted(places["distill"].glob("*/log.jsonl"))},
         status=_status(folder, places),

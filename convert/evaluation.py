@@ -20,9 +20,9 @@ from torch import Tensor
 from ..kernels import operators
 from ..kernels.call import Shape
 from ..kernels.spec import Full, Spec, Window
+from .damage import kl
 from .hosts import models
 from .hosts.transformers import OperatorLayer, Site
-from .profiling import kl
 from .text import Needles
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ class Cell:
     column: int
     first: int
     count: int = 1
-    fill: str | None  # any CSS colour; None: nothing was measured
+    fill: str | None  # any CSS colour; None: nothing is known, which is drawn hatched
     opacity: float = 1.0
     title: str
     dots: tuple[float, ...] = ()  # one per row, 0 to 1: area of a dot
@@ -40,11 +40,13 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Swatch:
-    """An entry of the legend; a `dot` is drawn round, in ink."""
+    """An entry of the legend; a `dot` is drawn round, in ink, and what is `hatched` with a line through it."""
 
     label: str
     fill: str = INK
+    opacity: float = 1.0
     dot: bool = False
+    hatched: bool = False
 
 
 def operator_colours(labels: Sequence[str], operators: Mapping[str, str]) -> dict[str, str]:
@@ -98,13 +100,15 @@ def head_map(
 def _cell(cell: Cell, step: float, high: float, y_of: Callable[[int], float]) -> str:
     x = _LEFT + cell.column * step
     wide, tall = max(step - 1.6, 1.0), max(high - 1.2, 1.0)
-    style = f"fill:{cell.fill}" if cell.fill else f"fill:none;stroke:{GRID};stroke-dasharray:2 2"
+    style = f"fill:{cell.fill}" if cell.fill else f"fill:none;stroke:{MUTED};stroke-width:.5"
     if cell.fill and cell.opacity < 1:
         style += f";fill-opacity:{cell.opacity:.2f};stroke:{GRID};stroke-width:.7"
     parts = [f"<title>{escape(cell.title)}</title>"]
     for row in range(cell.first, cell.first + cell.count):
         y = y_of(row)
         parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{tall:.1f}" rx="1.5" style="{style}"/>')
+        if not cell.fill:
+            parts.append(_slash(x, y, wide, tall))
         share = cell.dots[row - cell.first] if cell.dots else 0.0
         radius = math.sqrt(max(0.0, min(1.0, share))) * min(wide, tall) * 0.46
         if radius >= 0.8:
@@ -139,32 +143,42 @@ def _axes(
     return parts
 
 
+def _slash(x: float, y: float, wide: float, tall: float) -> str:
+    path = f"M{x:.1f} {y + tall:.1f}L{x + wide:.1f} {y:.1f}"
+    return f'<path d="{path}" style="stroke:{MUTED};stroke-width:.8"/>'
+
+
 def _legend(legend: Sequence[Swatch], scale: tuple[str, str, str, str] | None, width: float) -> tuple[list[str], float]:
-    """Its SVG, and the height at which the map begins."""
+    """Its SVG, the scale before the swatches, and the height at which the map begins."""
     x, y = _LEFT, 14.0
     parts: list[str] = []
-    for swatch in legend:
-        room = 19 + len(swatch.label) * _LETTER + 20
-        if x + room > width + 20 and x > _LEFT:
-            x, y = _LEFT, y + 21
-        if swatch.dot:
-            parts.append(f'<circle cx="{x + 6:.1f}" cy="{y - 4:.1f}" r="4.5" style="fill:{INK}"/>')
-        else:
-            parts.append(
-                f'<rect x="{x:.1f}" y="{y - 10:.1f}" width="12" height="12" rx="2.5" style="fill:{swatch.fill}"/>'
-            )
-        parts.append(_text(x + 19, y, swatch.label, "start", INK))
-        x += room
     if scale:
         colour, low, top, label = scale
-        x = _LEFT
         parts.append(_text(x, y, low, "start"))
         x += len(low) * _LETTER + 8
         for index in range(12):
             style = f"fill:{colour};fill-opacity:{max(0.04, index / 11):.2f};stroke:{GRID};stroke-width:.7"
             parts.append(f'<rect x="{x + index * 9:.1f}" y="{y - 10:.1f}" width="9" height="12" style="{style}"/>')
-        parts.append(_text(x + 12 * 9 + 8, y, f"{top}  ({label})", "start"))
+        words = f"{top}  ({label})"
+        parts.append(_text(x + 12 * 9 + 8, y, words, "start"))
+        x += 12 * 9 + 8 + len(words) * _LETTER + 18
+    for swatch in legend:
+        room = 19 + len(swatch.label) * _LETTER + 20
+        if x + room > width + 20 and x > _LEFT:
+            x, y = _LEFT, y + 21
+        parts += [_swatch(swatch, x, y), _text(x + 19, y, swatch.label, "start", INK)]
+        x += room
     return parts, y + (24 if parts else 6)
+
+
+def _swatch(swatch: Swatch, x: float, y: float) -> str:
+    if swatch.dot:
+        return f'<circle cx="{x + 6:.1f}" cy="{y - 4:.1f}" r="4.5" style="fill:{INK}"/>'
+    style = f"fill:none;stroke:{MUTED};stroke-width:.5" if swatch.hatched else f"fill:{swatch.fill}"
+    if swatch.opacity < 1:
+        style += f";fill-opacity:{swatch.opacity:.2f}"
+    box = f'<rect x="{x:.1f}" y="{y - 10:.1f}" width="12" height="12" rx="2.5" style="{style}"/>'
+    return box + (_slash(x, y - 10, 12, 12) if swatch.hatched else "")
 
 
 def _text(x: float, y: float, text: str, anchor: str, fill: str = MUTED) -> str:
@@ -188,3 +202,83 @@ def standalone(svg: str) -> str:
     size = f' width="{box[1]}" height="{box[2]}"' if box else ""
     family = ' font-family="system-ui, Helvetica, Arial, sans-serif"'
     return f'{head}{size}{family}><rect width="100%" height="100%" fill="#ffffff"/>{rest}\n'
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thumbnail:
+    """A causal mask in `count` × `count` blocks, as runs (row, first column, end) of one kind.
+
+    `strokes` are single tokens that rows go on reading, as (column, first row, end), in blocks and their fractions.
+    """
+
+    title: str
+    colour: str
+    count: int
+    full: Sequence[tuple[int, int, int]]
+    partial: Sequence[tuple[int, int, int]]
+    rest: Sequence[tuple[int, int, int]] = ()  # what a state stands for
+    strokes: Sequence[tuple[float, float, float]] = ()
+    words: Sequence[str] = ()  # lines beneath
+
+
+def mask_thumbnails(masks: Sequence[Thumbnail], *, describe: str, width: float = 1000.0) -> str:
+    """SVG of the masks side by side: queries downwards, keys to the right, partial blocks fainter than full ones."""
+    pitch, side, head = 200.0, 168.0, 34.0
+    across = max(1, int(width // pitch))
+    tall = head + side + 16.0 * max((len(mask.words) for mask in masks), default=0) + 22
+    legend, top = _legend(
+        [
+            Swatch(label="full block", fill=MUTED),
+            Swatch(label="partial block: some of its pairs", fill=MUTED, opacity=PALE),
+            *([Swatch(label="in the linear state", hatched=True)] if any(mask.rest for mask in masks) else []),
+        ],
+        None,
+        width,
+    )
+    body = []
+    for n, mask in enumerate(masks):
+        x, y = 2 + n % across * pitch, top + n // across * tall
+        body.append(_text(x, y + head - 8, mask.title, "start", INK))
+        body.append(_mask(mask, x, y + head, side))
+        body += [_text(x, y + head + side + 17 + 16 * i, line, "start") for i, line in enumerate(mask.words)]
+    height = top + -(-len(masks) // across) * tall
+    # The legend stands where the maps have their row labels
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="map" viewBox="0 0 {width:g} {height:.0f}" role="img" '
+        f'aria-label="{escape(describe)}" font-size="12"><g transform="translate({2 - _LEFT:g} 0)">{"".join(legend)}'
+        f"</g>{''.join(body)}</svg>"
+    )
+
+
+PALE = 0.42  # opacity of a partial block
+
+
+def _mask(mask: Thumbnail, x: float, y: float, side: float) -> str:
+    unit = side / mask.count
+    parts = [f"<title>{escape(mask.title)}</title>"]
+    outline = f"fill:none;stroke:{GRID}"
+    parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{side:g}" height="{side:g}" style="{outline}"/>')
+    for runs, style in (
+        (mask.full, f"fill:{mask.colour}"),
+        (mask.partial, f"fill:{mask.colour};fill-opacity:{PALE}"),
+    ):
+        boxes = "".join(
+            f"M{x + first * unit:.2f} {y + row * unit:.2f}h{(end - first) * unit:.2f}v{unit:.2f}"
+            f"h{(first - end) * unit:.2f}z"
+            for row, first, end in runs
+        )
+        parts += [f'<path d="{boxes}" style="{style}"/>'] if boxes else []
+    slashes = "".join(
+        f"M{x + column * unit:.2f} {y + (row + 1) * unit:.2f}l{unit:.2f} {-unit:.2f}"
+        for row, first, end in mask.rest
+        for column in range(first, end)
+    )
+    parts += [f'<path d="{slashes}" style="fill:none;stroke:{MUTED};stroke-width:.8"/>'] if slashes else []
+    lines = "".join(
+        f"M{x + column * unit:.2f} {y + first * unit:.2f}V{y + end * unit:.2f}" for column, first, end in mask.strokes
+    )
+    parts += [f'<path d="{lines}" style="fill:none;stroke:{mask.colour};stroke-width:.7"/>'] if lines else []
+    return f"<g>{''.join(parts)}</g>"

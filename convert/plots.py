@@ -40,7 +40,7 @@ def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Plot | None:
     if not phases:
         return None
     titles = {"transfer": "Attention transfer: error of the attention outputs", "lora": "LoRA: KL to the teacher"}
-    with _style() as new:
+    with style() as new:
         figure = new(7.6, 3.2)
         axes = figure.subplots(1, len(phases), squeeze=False)[0]
         arms = list(logs)
@@ -59,7 +59,7 @@ def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Plot | None:
         axes[0].set_ylabel("loss")
         if len(arms) > 1:
             figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside upper left", ncols=6)
-        return _draw(figure, "loss")
+        return draw(figure, "loss")
 
 
 def _curve(axis: Axes, arm: str, points: Sequence[tuple[float, float]], index: int) -> None:
@@ -79,7 +79,7 @@ def tradeoff(points: Mapping[str, tuple[float, float]], x_label: str, y_label: s
     """Arms by (cost as a share of the teacher's, loss of quality); None for fewer than two arms."""
     if len(points) < 2:
         return None
-    with _style() as new:
+    with style() as new:
         figure = new(5.4, 3.3)
         axis = figure.subplots()
         axis.plot([1.0], [0.0], marker="*", markersize=10, linestyle="", color=MUTED, label="teacher")
@@ -93,14 +93,14 @@ def tradeoff(points: Mapping[str, tuple[float, float]], x_label: str, y_label: s
         axis.set_xlabel(x_label)
         axis.set_ylabel(y_label)
         figure.legend(loc="outside upper left", ncols=4)
-        return _draw(figure, "tradeoff")
+        return draw(figure, "tradeoff")
 
 
 def times(series: Mapping[str, Mapping[int, float]], y_label: str) -> Plot | None:
     """Seconds by length, a line per arm; None unless two lengths were measured."""
     if len({length for line in series.values() for length in line}) < 2:
         return None
-    with _style() as new:
+    with style() as new:
         figure = new(5.4, 3.3)
         axis = figure.subplots()
         arms = [arm for arm in series if arm != "teacher"]
@@ -123,11 +123,11 @@ def times(series: Mapping[str, Mapping[int, float]], y_label: str) -> Plot | Non
         axis.set_xlabel("tokens")
         axis.set_ylabel(y_label)
         figure.legend(loc="outside upper left", ncols=4)
-        return _draw(figure, "times")
+        return draw(figure, "times")
 
 
 @contextmanager
-def _style() -> Iterator[Any]:
+def style() -> Iterator[Any]:
     """Our look for the figures made inside; gives a function from inches to a new figure."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -164,17 +164,20 @@ def _style() -> Iterator[Any]:
         yield lambda wide, high: Figure(figsize=(wide, high))
 
 
-def _draw(figure: Figure, name: str) -> Plot:
-    text, picture = io.StringIO(), io.BytesIO()
-    figure.savefig(text, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
+def draw(figure: Figure, name: str) -> Plot:
+    """The finished figure; `name` keeps its ids apart from those of other figures in the page."""
+    picture, text = io.BytesIO(), io.StringIO()
     figure.savefig(picture, format="png", dpi=160, facecolor="white", metadata={"Software": None})
-    svg = text.getvalue()
+    figure.set_layout_engine("none")  # the layout stands, and takes longer than the drawing
     figure.patch.set_visible(False)
     for axis in figure.axes:
         axis.patch.set_visible(False)
-    text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return Plot(_themed(text.getvalue(), name), svg, picture.getvalue())
+    svg = text.getvalue()
+    ground = '<rect width="100%" height="100%" fill="#ffffff"/>'
+    return Plot(
+        _themed(svg, name), re.sub(r"<svg\b[^>]*>", lambda tag: tag[0] + ground, svg, count=1), picture.getvalue()
+    )
 
 
 def _themed(svg: str, name: str) -> str:

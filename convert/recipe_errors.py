@@ -154,9 +154,11 @@ def _scalar(node: yaml.Node, path: Path, located: Located) -> Any:
 
 def findings(error: ValidationError, root: type[BaseModel]) -> Iterator[tuple[Path, str]]:
     """Every finding of `error` as the path of its key and a message."""
-    for details in error.errors(include_url=False):
+    every = error.errors(include_url=False)
+    for details in every:
         path: Path = tuple(key for key in details["loc"] if key != "[key]")
-        if details["type"] == "too_short" and details["input"]:
+        inside = [other for other in every if other is not details and other["loc"][: len(path)] == details["loc"]]
+        if details["type"] == "too_short" and inside:
             continue  # its items are wrong and told one by one
         yield path, _tell(details, path, root)
 

@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ..kernels.spec import OPERATORS, Spec, spec_from_dict, spec_to_dict
-from .recipe_errors import show
+from .recipe_errors import did_you_mean, show
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 Whole = Annotated[int, Field(strict=True, ge=0)]
@@ -33,6 +33,8 @@ AtLeastZero = Annotated[float, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 AtLength = dict[Annotated[int, Field(ge=8)], Positive]  # context length in tokens: bound
+
+RESOURCES = ("prefill_ms", "decode_ms", "flops", "kv_bytes")  # what a budget may be of; convert/costs.py measures them
 
 Conflict = tuple[tuple[str | int, ...], str]  # where in the section, and what is wrong there
 
@@ -205,4 +207,68 @@ Explicit = Annotated[
     PlainValidator(_explicit),
     PlainSerializer(lambda given: {str(layer): spec_to_dict(spec) for layer, spec in given.items()}, return_type=dict),
     WithJsonSchema({"type": "object", "additionalProperties": _spec_schema()}),
+]
+
+
+# --- budgets ----------------------------------------------------------------------------------------------------------
+
+PERCENT = re.compile(r"(\d{1,3}(?:\.\d+)?|\.\d+) ?%")
+
+
+def percentage(given: object) -> float | None:
+    """The share that a text such as "40%" names, None for anything else."""
+    match = PERCENT.fullmatch(given) if isinstance(given, str) else None
+    return float(match[1]) / 100 if match else None
+
+
+def _amount(given: Any) -> str:
+    """What is wrong with the amount of a budget, or nothing."""
+    share = percentage(given)
+    if share is not None:
+        return "" if 0 < share <= 1 else f'must be above "0%" and at most "100%", not {show(given)}'
+    if not isinstance(given, int | float) or isinstance(given, bool):
+        return f'must be a number (ms, FLOPs, bytes) or a share of the original\'s such as "40%", not {show(given)}'
+    return "" if 0 < given < float("inf") else f"must be above 0, not {show(given)}"
+
+
+def _budgets(given: Any) -> dict[str, dict[int, float | str]]:
+    """{resource: {length: number or "40%"}}; every wrong entry is told."""
+    wrong: list[InitErrorDetails] = []
+    result: dict[str, dict[int, float | str]] = {}
+    if not isinstance(given, Mapping) or not given:
+        message = f'must map resources to amounts by length, e.g. {{kv_bytes: {{8192: "40%"}}}}, not {show(given)}'
+        raise ValidationError.from_exception_data("budgets", [_located((), message, given)])
+    for name, amounts in given.items():
+        if name not in RESOURCES:
+            message = f"no such resource{did_you_mean(name, RESOURCES)}; known are {', '.join(RESOURCES)}"
+            wrong.append(_located((name,), message, name))
+        elif not isinstance(amounts, Mapping) or not amounts:
+            message = f'must say at which length, e.g. {{8192: "40%"}}, not {show(amounts)}'
+            wrong.append(_located((name,), message, amounts))
+        else:
+            for length, amount in amounts.items():
+                number = int(length) if re.fullmatch(r"\d{1,9}", str(length)) else 0
+                message = (
+                    _amount(amount) if number >= 8 else f"must be a length of at least 8 tokens, not {show(length)}"
+                )
+                if message:
+                    wrong.append(_located((name, length), message, amount))
+                result.setdefault(name, {})[number] = amount
+    if wrong:
+        raise ValidationError.from_exception_data("budgets", wrong)
+    return result
+
+
+_AMOUNTS = {
+    "type": "object",
+    "patternProperties": {
+        "^[0-9]+$": {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": "%$"}]}
+    },
+    "additionalProperties": False,
+}
+Budgets = Annotated[
+    dict[str, dict[int, float | str]],
+    PlainValidator(_budgets),
+    PlainSerializer(lambda given: {r: {str(n): a for n, a in at.items()} for r, at in given.items()}, return_type=dict),
+    WithJsonSchema({"type": "object", "properties": dict.fromkeys(RESOURCES, _AMOUNTS), "additionalProperties": False}),
 ]

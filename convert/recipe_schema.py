@@ -11,6 +11,7 @@ from ..kernels.spec import Spec, Window, label
 from .recipe_fields import (
     AtLeastZero,
     AtLength,
+    Budgets,
     Conflict,
     Count,
     Explicit,
@@ -32,7 +33,7 @@ class NeedleSettings(Section):
 
     cases: Count = Field(default=8, description="number of prompts")
     length: Length = Field(default=512, description="tokens per prompt")
-    template: Literal["passkey", "locker", "account"] = Field(
+    template: Literal["passkey", "locker", "account", "badge", "train", "shelf"] = Field(
         default="passkey", description="wording of the task; profile and evaluate must use different ones"
     )
 
@@ -46,8 +47,26 @@ class ProfileSettings(Section):
     candidates: tuple[OperatorSpec, ...] = Field(
         default=(Window(size=128, sinks=4),), min_length=1, description="operators whose damage is measured"
     )
-    needles: NeedleSettings = Field(default=NeedleSettings(), description="retrieval task for the retrieval scores")
+    needles: NeedleSettings = Field(
+        default=NeedleSettings(), description="retrieval task on which damage is measured, text and answer"
+    )
+    retrieval: tuple[NeedleSettings, ...] = Field(
+        default=(
+            NeedleSettings(cases=4, length=384, template="passkey"),
+            NeedleSettings(cases=4, length=768, template="badge"),
+        ),
+        description="further tasks, of other wordings and lengths, for the retrieval scores",
+    )
+    gradients: Flag = Field(default=True, description="first-order effects and influence, by one backward pass a case")
     damage: Flag = Field(default=True, description="measure KL and needle loss of each candidate in each KV group")
+    transfer_steps: Whole = Field(
+        default=20, description="steps in which candidates that learn are fitted to the attention outputs first"
+    )
+    gates: tuple[Literal["duo", "linvideo"], ...] = Field(
+        default=(), description="learned gates to train for the selection methods of these names"
+    )
+    gate_steps: Count = Field(default=60, description="optimiser steps of a learned gate")
+    gate_full: Share = Field(default=0.4, description="share of the groups that LinVideo's constraint keeps full")
     seed: Whole = Field(default=0, description="random seed")
 
     @classmethod
@@ -62,11 +81,21 @@ class ProfileSettings(Section):
             yield ("rows",), f"cannot exceed length ({fields['length']}), not {fields['rows']}"
 
 
-class SelectSettings(Section):
-    """Which KV groups are converted to what, under exactly one budget: groups, layers or kv_bytes."""
+# Methods that add up the losses of single conversions and solve the integer program
+SOLVED = ("damage", "first_order", "output_error", "moa")
+METHODS = Literal[
+    "damage", "first_order", "output_error", "moa", "uniform", "interleaved", "random", "greedy", "mass", "duo",
+    "linvideo", "restore", "explicit",
+]  # fmt: skip
 
-    method: Literal["damage", "uniform", "random", "explicit"] = Field(
-        default="damage", description="least measured damage, evenly spaced, at random, or as listed under explicit"
+
+class SelectSettings(Section):
+    """Which KV groups are converted to what: as many as `groups`, `layers` or `budgets` ask for, or quality bears."""
+
+    method: METHODS = Field(
+        default="damage",
+        description="damage: least measured damage, by integer program; first_order, output_error, moa: the same from "
+        "another score; others: what is commonly done; explicit: as listed",
     )
     unit: Literal["group", "layer"] = Field(default="group", description="convert single KV groups or whole layers")
     operator: OperatorSpec | None = Field(
@@ -74,34 +103,82 @@ class SelectSettings(Section):
     )
     groups: Share | None = Field(default=None, description="budget: share of all KV groups to convert, 0 to 1")
     layers: Count | None = Field(default=None, description="budget: number of layers to convert")
-    kv_bytes: Share | None = Field(
-        default=None, description="budget: KV cache and state bytes as a share of full attention's"
+    budgets: Budgets | None = Field(
+        default=None,
+        description="budget: the most that may be used, {resource: {length: amount}}; resources are prefill_ms, "
+        'decode_ms, flops, kv_bytes; an amount is a number or a share of the original\'s such as "40%"',
     )
-    length: Length = Field(default=8192, description="tokens at which kv_bytes is taken")
+    keep_quality: Positive | None = Field(
+        default=None, description="highest measured KL in nats per token; the cheapest plan that keeps it is searched"
+    )
     needle_weight: AtLeastZero = Field(default=1.0, description="weight of the needle loss beside the KL")
     retrieval_keep: Share | None = Field(
         default=None, description="keep groups with a retrieval score above this; null: off"
     )
+    kinds: Count | None = Field(
+        default=None, description="most kinds of operator (launches) in a layer; full, window and hybrid are one kind"
+    )
+    protect: tuple[Whole, ...] = Field(default=(), description="layers that stay full")
+    share: tuple[tuple[Whole, ...], ...] = Field(
+        default=(), description="sets of layers that take the same operators, e.g. [[4, 5], [6, 7]]"
+    )
+    rounds: Whole = Field(
+        default=0, description="rounds of refinement: measure the whole plan, score anew around it, solve again"
+    )
+    measure_cases: Count = Field(default=4, description="calibration cases that a whole plan is measured on")
     explicit: Explicit | None = Field(default=None, description='operators by layer or range of layers: {"4-7": {...}}')
     seed: Whole = Field(default=0, description="random seed of method random")
 
     @classmethod
     def conflicts(cls, fields: Mapping[str, Any]) -> Iterator[Conflict]:
-        budgets = ("groups", "layers", "kv_bytes")
         if "method" not in fields:
             return
-        if fields["method"] != "explicit":
-            yield from exactly_one(fields, *budgets)
-            if fields.get("explicit") is not None:
-                yield ("explicit",), f"is only for method explicit, not {fields['method']}"
-            if fields.get("layers") is not None and fields.get("unit") == "group":
-                yield ("layers",), "counts whole layers: set unit to layer, or use groups as the budget"
+        if fields["method"] == "explicit":
+            yield from _explicit_alone(fields)
             return
-        if "explicit" in fields and not fields["explicit"]:
-            yield ("explicit",), 'is missing: say which layers, e.g. {"4-7": {operator: window}}'
-        for name in (*budgets, "operator"):
-            if fields.get(name) is not None:
-                yield (name,), "has no meaning with method explicit, which lists the layers and their operators"
+        yield from _one_budget(fields)
+        if fields.get("explicit") is not None:
+            yield ("explicit",), f"is only for method explicit, not {fields['method']}"
+        if fields.get("layers") is not None and fields.get("unit") == "group":
+            yield ("layers",), "counts whole layers: set unit to layer, or use groups as the budget"
+        if fields["method"] not in SOLVED:
+            for name in ("keep_quality", "rounds"):
+                if fields.get(name):
+                    yield (name,), f"needs a method that predicts losses: {', '.join(SOLVED)}"
+        if fields.get("keep_quality") is not None and fields.get("rounds"):
+            yield ("rounds",), "has no meaning with keep_quality, which measures every plan it tries"
+        yield from _unshared(fields.get("share", ()))
+
+
+def _one_budget(fields: Mapping[str, Any]) -> Iterator[Conflict]:
+    """Exactly one kind of budget; `keep_quality` may have limits of `budgets` beside it."""
+    if fields.get("keep_quality") is None:
+        names = ("groups", "layers", "budgets", "keep_quality")
+        yield from exactly_one(fields, *names)
+        return
+    for name in ("groups", "layers"):
+        if fields.get(name) is not None:
+            yield (name,), "has no meaning with keep_quality, which converts as much as the quality bears"
+
+
+def _unshared(share: tuple[tuple[int, ...], ...]) -> Iterator[Conflict]:
+    """Sets that share nothing, and layers in two of them."""
+    seen: set[int] = set()
+    for index, layers in enumerate(share):
+        if len(layers) < 2:
+            yield ("share", index), "must name at least two layers, e.g. [4, 5]"
+        for place, layer in enumerate(layers):
+            if layer in seen:
+                yield ("share", index, place), f"layer {layer} is listed twice"
+            seen.add(layer)
+
+
+def _explicit_alone(fields: Mapping[str, Any]) -> Iterator[Conflict]:
+    if "explicit" in fields and not fields["explicit"]:
+        yield ("explicit",), 'is missing: say which layers, e.g. {"4-7": {operator: window}}'
+    for name in ("groups", "layers", "budgets", "keep_quality", "operator", "kinds", "protect", "share", "rounds"):
+        if fields.get(name):
+            yield (name,), "has no meaning with method explicit, which lists the layers and their operators"
 
 
 RESERVED = ("student", "teacher", "key", "done.json")  # arms have folders of their names beside these files
@@ -244,7 +321,8 @@ class Recipe(Section):
             yield from _ungated(fields["gates"], fields["evaluate"])
         if "profile" in fields and "evaluate" in fields:
             template = fields["evaluate"].needles.template
-            if template == fields["profile"].needles.template:
+            profiled = (fields["profile"].needles, *fields["profile"].retrieval)
+            if template in [task.template for task in profiled]:
                 message = f"{template!r} is also what was profiled on; judge retrieval with another wording"
                 yield ("evaluate", "needles", "template"), message
 
@@ -254,12 +332,12 @@ def _arm_selections(compare: tuple[Arm, ...]) -> list[tuple[tuple[str | int, ...
 
 
 def _unmeasured(where: tuple[str | int, ...], select: SelectSettings, profile: ProfileSettings) -> Iterator[Conflict]:
-    if select.method != "damage":
-        return
-    if not profile.damage:
-        yield ("profile", "damage"), f"{'.'.join(map(str, where))}.method is damage, which must then be measured"
+    """What a selection needs and the profile is told not to measure."""
+    if select.method in ("damage", "greedy") and not profile.damage:
+        named = ".".join(map(str, where))
+        yield ("profile", "damage"), f"{named}.method is {select.method}, which must then be measured"
     wanted: Spec = select.operator
-    if wanted is not None and wanted not in profile.candidates:
+    if select.method in (*SOLVED, "greedy", "mass") and wanted is not None and wanted not in profile.candidates:
         known = ", ".join(label(spec) for spec in profile.candidates)
         yield (*where, "operator"), f"{label(wanted)} is not measured; profile.candidates are {known}"
 

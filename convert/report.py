@@ -14,6 +14,7 @@ from .keys import STAGES
 from .report_comparison import arms_table, conclusions, loss_points, speed_series
 from .report_html import duration, facts, figure, number, page, percent, ratio, section, size, table, tile, tokens
 from .report_maps import choice_section, profile_section
+from .report_selection import front_section
 
 REPORT = "report.html"
 
@@ -31,6 +32,7 @@ def write_report(run_folder: Path) -> Path:
         _header(run),
         _summary(run),
         choice_section(run, pictures),
+        front_section(run, pictures),
         _comparison(run, pictures),
         profile_section(run, pictures),
         _training(run, pictures),
@@ -42,7 +44,7 @@ def write_report(run_folder: Path) -> Path:
         if isinstance(content, bytes):
             write_bytes(path, content)
         else:
-            write_text(path, standalone(content) if 'class="map"' in content else content)
+            write_text(path, standalone(content) if "var(--" in content else content)
     title = f"attnconvert: {run.recipe.get('name', run_folder.name)}"
     write_text(run_folder / REPORT, page(title, "\n".join(part for part in parts if part)))
     return run_folder / REPORT

@@ -10,9 +10,12 @@ from typing import Any
 from .artefacts import Artefacts, Site, dig
 from .headmaps import Cell, Swatch, head_map, operator_colours, shade
 from .report_html import details, figure, number, percent, section, table
+from .report_selection import budgets_part, masks_part, predictors_part
 
 WIDE = 48  # sites from which on a map takes the whole width
-RETRIEVAL, KL, NEEDLE, ERROR = "#0072b2", "#d55e00", "#a5437c", "#8a6d00"
+RETRIEVAL, KL, NEEDLE, ERROR, DENSITY = "#0072b2", "#d55e00", "#a5437c", "#8a6d00", "#007a5a"
+SHOWN = 2  # candidates whose maps are not folded away
+LIKE = 1 / 8  # share of the blocks at which heads are called extreme
 
 
 def choice_section(run: Artefacts, pictures: dict[str, str | bytes]) -> str:
@@ -53,7 +56,8 @@ def choice_section(run: Artefacts, pictures: dict[str, str | bytes]) -> str:
         f"{how}One column per layer, one row per query head; heads between two gaps share a KV head and are converted "
         "together. Point at a cell for its measured damage and the reason."
     )
-    return section("What was chosen, and why", figure(picture), _predictions(run), _reasons(run, sites), note=note)
+    parts = [figure(picture), budgets_part(run), _predictions(run), masks_part(run, pictures), _reasons(run, sites)]
+    return section("What was chosen, and why", *parts, note=note)
 
 
 def _group_title(run: Artefacts, column: int, site: Site, group: int, label: str) -> str:
@@ -75,6 +79,7 @@ def _group_title(run: Artefacts, column: int, site: Site, group: int, label: str
 def _predictions(run: Artefacts) -> str:
     """What the single damages add up to, beside what was measured of the whole."""
     rows = []
+    whole = any(dig(entry, "measured") for entry in dig(run.select, "arms", default={}).values())
     for arm, entry in dig(run.select, "arms", default={}).items():
         found = dig(run.evaluation, "arms", arm, default={})
         quality = dig(found, "quality", default={})
@@ -84,6 +89,8 @@ def _predictions(run: Artefacts) -> str:
         points = NONE_YET if drop is None else f"{100 * drop:.1f} points".replace("-", "\u2212")
         kl = NONE_YET if measured is None else f"{number(measured)}<small>at {int(shortest):,} tokens</small>"
         predicted = [number(dig(entry, "predicted", kind)) for kind in ("kl", "needle")]
+        if whole:
+            predicted += [number(dig(entry, "measured", kind)) for kind in ("kl", "needle")]
         trained = {True: "yes", False: "no"}.get(found.get("trained"), "")
         cells = [escape(arm), escape(str(entry.get("method", ""))), percent(entry.get("converted"), 0), *predicted]
         rows.append([*cells, kl, points, trained])
@@ -94,18 +101,20 @@ def _predictions(run: Artefacts) -> str:
         "Method",
         "Converted",
         "KL, predicted",
-        "Needle loss, predicted",
+        "Needle, predicted",
+        *(("KL, together", "Needle, together") if whole else ()),
         "KL, measured",
         "Retrieval lost",
         "Trained",
     ]
     words = (
         '<p class="note">The prediction is the sum of the damages of the single groups: it knows neither how they act '
-        "together nor what training takes back.</p>"
+        f"together{TOGETHER if whole else ''} nor what training takes back.</p>"
     )
-    return "<h3>Predicted and measured</h3>" + table(head, rows, text=(0, 1, 7)) + words
+    return "<h3>Predicted and measured</h3>" + table(head, rows, text=(0, 1, len(head) - 1)) + words
 
 
+TOGETHER = " (measured on calibration text when the plan was chosen)"
 NONE_YET = '<span class="note">not yet</span>'
 
 
@@ -127,36 +136,157 @@ def _reasons(run: Artefacts, sites: Sequence[Site]) -> str:
 
 
 def profile_section(run: Artefacts, pictures: dict[str, str | bytes]) -> str:
-    """Maps of the retrieval score and of each candidate's damage; of its output error where no damage was measured."""
+    """Maps of what heads attend to and of what each candidate would lose; scores against damage; curves; similarity."""
     sites = run.sites
     if not run.profile or not sites:
         return ""
-    whole: list[str] = []
-    scores = dig(run.profile, "statistics", "retrieval")
-    if scores:
-        picture = _heat(sites, scores, RETRIEVAL, "1 is all", per_head=True, log=False, least=0.0, most=1.0)
-        words = "Share of a head's attention that goes to the hidden fact while the answer is read off"
-        whole.append(_named("Retrieval score", picture, words, "retrieval.svg", pictures))
-    for name, errors in list(dig(run.profile, "output_error", default={}).items())[: 1 if scores else 2]:
-        picture = _heat(sites, errors, ERROR, "relative, log scale", per_head=True)
-        words = "Squared error of a head's output, relative to the output itself"
-        whole.append(_named(f"{name}: output error", picture, words, f"error-{name}.svg", pictures))
-    rows = ["".join(whole)]
-    for name, damage in dig(run.profile, "damage", default={}).items():
-        pair = []
-        for kind, colour, title, words in (
-            ("kl", KL, "damage to the text", "KL of the logits, nats per token"),
-            ("needle", NEEDLE, "damage to retrieval", "rise of the needle loss, nats per token"),
-        ):
-            picture = _heat(sites, damage.get(kind) or [], colour, "log scale", per_head=False)
-            pair.append(_named(f"{name}: {title}", picture, words, f"damage-{name}-{kind}.svg", pictures))
-        rows.append("".join(pair))
+    names = dict.fromkeys(name for key in ("output_error", "damage") for name in dig(run.profile, key, default={}))
     kind = "maps wide" if len(sites) > WIDE else "maps"
+    rows = [_attention_maps(run, pictures), *(_candidate_maps(run, name, pictures) for name in names)]
+    drawn = [f'<div class="{kind}">{row}</div>' if row else "" for row in rows]
+    boxes = drawn[: 1 + SHOWN]
+    folded = "".join(drawn[1 + SHOWN :])
+    boxes += [details("The maps of the other candidates", folded)] if folded else []
     note = (
-        "Measured on the teacher, before anything was trained. Damage is that of one KV group converted alone, all "
-        "else full. Point at a cell for its figure."
+        "Measured on the teacher, before anything was trained. One column per layer. Damage is that of one KV group "
+        "converted alone, all else full. Point at a cell for its figure."
     )
-    return section("What the profile measured", *(f'<div class="{kind}">{row}</div>' for row in rows if row), note=note)
+    curves = _recall(run, pictures) + _similarity(run, pictures)
+    boxes += [f'<div class="{kind}">{curves}</div>'] if curves else []
+    return section("What the profile measured", _problems(run), *boxes, predictors_part(run, pictures), note=note)
+
+
+def _problems(run: Artefacts) -> str:
+    """The heads that are left out, by name."""
+    problems = [escape(str(problem)) for problem in dig(run.profile, "problems", default=[])]
+    if not problems:
+        return ""
+    heads = "1 head was" if len(problems) == 1 else f"{len(problems)} heads were"
+    lines = "".join(f"<li>{problem}</li>" for problem in problems[:8])
+    more = f"<li>and {len(problems) - 8} more, in profile.json</li>" if len(problems) > 8 else ""
+    told = f"<b>{heads} not measured.</b> Their cells are hatched, no mean contains them, and their groups stay full:"
+    return f'<div class="verdict bad"><div>{told}<ul class="conclusions">{lines}{more}</ul></div></div>'
+
+
+def _attention_maps(run: Artefacts, pictures: dict[str, str | bytes]) -> str:
+    parts = []
+    for name, colour, title, unit, words in (
+        (
+            "retrieval",
+            RETRIEVAL,
+            "Retrieval score",
+            "1 is all",
+            "Share of a head's attention that goes to the hidden fact while the answer is read off",
+        ),
+        (
+            "density_90",
+            DENSITY,
+            "Blocks for 90 % of the attention",
+            "1 is every block",
+            "Share of the blocks of 64 tokens that hold 90 % of a head's attention: faint heads are sparse",
+        ),
+    ):
+        table = dig(run.profile, "statistics", name)
+        if table:
+            picture = _heat(run.sites, table, colour, unit, per_head=True, log=False, least=0.0, most=1.0)
+            parts.append(_named(title, picture, words, f"{name.replace('_', '-')}.svg", pictures))
+    return "".join(parts)
+
+
+def _candidate_maps(run: Artefacts, name: str, pictures: dict[str, str | bytes]) -> str:
+    """Error and first-order effect of the heads, damage of the groups."""
+    parts = []
+    for title, values, colour, words, unit, file in (
+        (
+            "output error",
+            dig(run.profile, "output_error", name),
+            ERROR,
+            "Squared error of a head's output, relative to the output itself",
+            "relative, log scale",
+            "error",
+        ),
+        (
+            "first-order effect",
+            dig(run.profile, "first_order", name),
+            KL,
+            "What the loss of the text should change by, to first order, in nats",
+            "log scale",
+            "first-order",
+        ),
+    ):
+        picture = _heat(run.sites, values, colour, unit, per_head=True) if values else ""
+        parts.append(_named(f"{name}: {title}", picture, words, f"{file}-{name}.svg", pictures))
+    damage = dig(run.profile, "damage", name, default={})
+    for kind, colour, title, words in (
+        ("kl", KL, "damage to the text", "KL of the logits, nats per token"),
+        ("needle", NEEDLE, "damage to retrieval", "rise of the needle loss, nats per token"),
+    ):
+        picture = _heat(run.sites, damage.get(kind) or [], colour, "log scale", per_head=False)
+        parts.append(_named(f"{name}: {title}", picture, words, f"damage-{name}-{kind}.svg", pictures))
+    return "".join(parts)
+
+
+def _recall(run: Artefacts, pictures: dict[str, str | bytes]) -> str:
+    """How few blocks hold how much of the attention, by what became of the heads."""
+    fractions = dig(run.profile, "curves", "fractions", default=[])
+    curves = {
+        (site, head): curve
+        for site, row in zip(run.sites, dig(run.profile, "curves", "recall", default=[]), strict=False)
+        for head, curve in enumerate(row)
+        if len(curve) == len(fractions) and None not in curve
+    }
+    if not curves:
+        return ""
+    from .plots_selection import recall_curves
+
+    kinds: dict[str, list[Sequence[float]]] = {}
+    for (site, head), curve in curves.items():
+        label = dig(run.plan, "sites", site.name, head // site.per_group, default="heads")
+        kinds.setdefault(str(dig(run.plan, "operators", label, "operator", default=label)), []).append(curve)
+    at = min(range(len(fractions)), key=lambda n: abs(fractions[n] - LIKE))
+    ends = [choose(curves, key=lambda place: curves[place][at]) for choose in (min, max)]
+    extremes = {f"L{site.layer}H{head}": curves[site, head] for site, head in ends}
+    ordered = dict(sorted(kinds.items(), key=lambda item: (item[0] != "full", item[0])))
+    plot = recall_curves(fractions, ordered, extremes)
+    if plot is None:
+        return ""
+    pictures |= {"recall.svg": plot.svg, "recall.png": plot.png}
+    words = (
+        "Attention that the best blocks of each row hold: the median head, and the band of the middle 80 % of heads, "
+        "by operator that was chosen for them. A curve that rises late cannot be made sparse. Dotted: the two extremes."
+    )
+    return f'<div><h3>Recall by density</h3><p class="note">{words}</p>{figure(plot.inline)}</div>'
+
+
+def _similarity(run: Artefacts, pictures: dict[str, str | bytes]) -> str:
+    """Which layers read alike."""
+    table = dig(run.profile, "similarity", default=[])
+    sites = run.sites
+    pairs = [(i, j, table[i][j]) for i in range(len(table)) for j in range(i) if table[i][j] is not None]
+    if not pairs or len(table) != len(sites):
+        return ""
+    low, high = (choose(value for _, _, value in pairs) for choose in (min, max))
+    cells = [
+        Cell(
+            column=j,
+            first=i,
+            fill=DENSITY,
+            opacity=shade(value, low, high, log=False),
+            title=f"layers {sites[j].layer} and {sites[i].layer}: {number(value)}",
+        )
+        for i, j, value in pairs
+    ]
+    picture = head_map(
+        [str(site.layer) for site in sites],
+        len(sites),
+        cells,
+        describe="Similarity of the layers",
+        row_name="layer",
+        scale=(DENSITY, number(low, 2), number(high, 2), "1 is the same"),
+        width=1000 if len(sites) > WIDE else 500,
+    )
+    words = "Attention that two layers spend on the same blocks: strong pairs could share operators or block lists."
+    return _named("Similarity of the layers", picture, words, "similarity.svg", pictures)
 
 
 def _named(title: str, picture: str, words: str, file: str, pictures: dict[str, str | bytes]) -> str:
@@ -187,7 +317,8 @@ def _heat(
     for column, (site, row) in enumerate(zip(sites, values, strict=False)):
         for index, value in enumerate(row):
             place = f"head {index}" if per_head else f"KV group {index}"
-            title = f"layer {site.layer}, {place}: {number(value)}" + ("" if value is not None else " (does not apply)")
+            why = " (constant, or does not apply)" if per_head else " (does not apply)"
+            title = f"layer {site.layer}, {place}: {number(value)}{why if value is None else ''}"
             opacity = shade(value, low, high, log=log)
             cells.append(
                 Cell(column=column, first=index, fill=None if value is None else colour, opacity=opacity, title=title)
@@ -196,7 +327,9 @@ def _heat(
     if log and min(finite) < low:
         ends = (f"≤ {ends[0]}", ends[1])
     scale = (colour, *ends, unit)
-    return _map(sites, cells, unit, scale=scale, per_head=per_head, width=1000 if len(sites) > WIDE else 500)
+    none = [Swatch(label="no value", hatched=True)] if any(cell.fill is None for cell in cells) else []
+    width = 1000 if len(sites) > WIDE else 500
+    return _map(sites, cells, unit, legend=none, scale=scale, per_head=per_head, width=width)
 
 
 def _map(

@@ -1,251 +1,301 @@
 """Select: from what was measured, one operator for each KV group.
 
-The exact choice under a budget is an integer program: minimise the summed damage over one operator per group, subject
-to the budget. `uniform` and `random` stand under the same interface so that the choice can be compared with them.
+The exact choice under budgets is an integer program (`program.py`): least summed loss over one operator per group. The
+selectors that others use (`choosers.py`) stand under the same interface and meet the same budgets (`budgets.py`).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
 
-from ..kernels import operators
-from ..kernels.call import Shape
-from ..kernels.spec import Full, Spec, Window, label
+from ..kernels.spec import Full, Spec, label
+from .budgets import Losses, Task, make_task, retrieval_score
+from .costs import Costs
+from .damage import Group, Measure
 from .errors import UsageError
+from .explain import switches
 from .hosts.transformers import refusal
+from .losses import Scores, cell, losses_of, scored
 from .plan import Plan
 from .profiling import Profile
-from .text import rng
+from .program import Infeasible, Program, Solution, cheapest, solve
+from .relaxation import Ints
+from .choosers import SELECTORS, Chosen
 
 if TYPE_CHECKING:
     from .recipe import SelectSettings
 
-Group = tuple[int, int]  # site index, KV group
+TRIES = 10  # plans that are measured for keep_quality
+SECONDS = 10.0  # HiGHS's limit; the relaxation's plan stands in
+
+__all__ = ["Group", "Scores", "Selection", "require_profile", "retrieval_score", "select"]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A plan, why each group got its operator, and the damage that the profile predicts (sums of single damages)."""
+    """A plan, why each group got its operator, and what is known of it.
+
+    `predicted` are sums of single damages. `loss` is what was minimised, `bound` a proof that no plan has less, `gap`
+    their distance; `costs` what every budget allows and what is used; `prices` how much loss one more unit of a budget
+    would save; `switches` by site and group which operator comes next, and at which amount of the tightest budget.
+    """
 
     plan: Plan
     method: str
     reasons: Mapping[str, list[str]]
     predicted: Mapping[str, float | None]
+    loss: float | None = None
+    bound: float | None = None
+    gap: float | None = None
+    seconds: float = 0.0
+    how: str = ""
+    costs: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    prices: Mapping[str, float] = field(default_factory=dict)
+    switches: Mapping[str, list[dict[str, Any] | None]] = field(default_factory=dict)
+    measured: Mapping[str, float] | None = None
+    problems: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The entry of this arm in select.json."""
-        groups = sum(len(g) for g in self.plan.groups.values())
+        known = ("method", "reasons", "predicted", "loss", "bound", "gap", "seconds", "how", "costs", "prices")
         return {
-            "method": self.method,
             "converted": self.plan.converted,
-            "groups": groups,
+            "groups": sum(len(g) for g in self.plan.groups.values()),
             "operators": self.plan.counts(),
-            "predicted": dict(self.predicted),
-            "reasons": dict(self.reasons),
+            **{name: getattr(self, name) for name in known},
+            "switches": dict(self.switches),
+            "measured": None if self.measured is None else dict(self.measured),
+            "problems": list(self.problems),
         }
 
 
-def select(profile: Profile, settings: SelectSettings, model: str) -> Selection:
+def select(
+    profile: Profile,
+    settings: SelectSettings,
+    model: str,
+    *,
+    costs: Costs | None = None,
+    measure: Measure | None = None,
+    scores: Scores | None = None,
+) -> Selection:
     """The plan that the settings ask for.
 
+    Args:
+        costs: what operators cost; without it only budgets of FLOPs and bytes can be met.
+        measure: the damage of a whole plan, which method restore and keep_quality need.
+        scores: losses that take the place of the method's own, for the groups and candidates that they name.
+
     Raises:
-        UsageError: no plan meets the budget, or the settings name a layer or candidate that the profile does not have.
+        UsageError: no plan meets the budget, the settings name a layer or candidate that the profile does not have, or
+            the profile lacks what the method needs.
     """
-    chooser = {"damage": _by_damage, "uniform": _spread, "random": _spread, "explicit": _explicit}[settings.method]
-    chosen, reasons = chooser(profile, settings)
-    groups: dict[str, tuple[Spec, ...]] = {}
-    words: dict[str, list[str]] = {}
-    for n, site in enumerate(profile.sites):
-        groups[site.name] = tuple(chosen.get((n, g), Full()) for g in range(site.kv_heads))
-        words[site.name] = [reasons.get((n, g), "") for g in range(site.kv_heads)]
-    return Selection(Plan(model, groups), settings.method, words, _predicted(profile, chosen))
+    start = time.perf_counter()
+    if settings.method == "explicit":
+        return _explicit(profile, settings, model)
+    task = make_task(profile, settings, costs)
+    if settings.method in SELECTORS:
+        chosen = SELECTORS[settings.method](task, measure)
+        return _selection(task, chosen, model, time.perf_counter() - start)
+    losses = scored(losses_of(task), scores)
+    program, known = task.program(losses)
+    if not len(task.units):
+        raise UsageError("this model has no attention that could be converted")
+    measured: dict[str, float] | None = None
+    try:
+        if settings.keep_quality is not None:
+            solution, measured = _keep_quality(task, program, known, measure)
+        else:
+            solution = solve(program, seconds=SECONDS)
+    except Infeasible as error:
+        raise task.impossible(error) from error
+    chosen = Chosen(known[solution.choice])
+    seconds = time.perf_counter() - start
+    return _selection(task, chosen, model, seconds, (program, known, solution, losses), measured)
 
 
-def retrieval_score(profile: Profile, group: Group) -> float:
-    """The highest retrieval score among the query heads of a group."""
-    site = profile.sites[group[0]]
-    per = site.heads // site.kv_heads
-    scores: list[float] = profile.statistics["retrieval"][group[0]][group[1] * per : (group[1] + 1) * per]
-    return max(scores)
+def require_profile(profile: Profile, identity: Mapping[str, Any], candidates: Sequence[Spec]) -> None:
+    """Refuses a profile of something else.
+
+    Args:
+        identity: "model", "revision", "sha256" of the model at hand; what either side does not know is not compared.
+
+    Raises:
+        UsageError: it is of another model, another revision, or has other candidates.
+    """
+    again = "run `attnconvert profile` again"
+    theirs = profile.data.get("identity")
+    if not isinstance(theirs, Mapping):
+        raise UsageError(f"this profile does not say of which model it is: {again}")
+    for key, word in (("model", "model"), ("revision", "revision"), ("sha256", "weights (SHA-256)")):
+        mine, other = identity.get(key), theirs.get(key)
+        if mine is not None and other is not None and mine != other:
+            raise UsageError(f"this profile is of another {word}: {other}, not {mine}; {again}")
+    wanted, have = [label(spec) for spec in candidates], list(profile.candidates)
+    if set(wanted) != set(have):
+        raise UsageError(
+            f"this profile is of other operators: {', '.join(have)}, while the recipe has {', '.join(wanted)}; {again}"
+        )
 
 
-def _groups(profile: Profile) -> list[Group]:
-    return [(n, g) for n, site in enumerate(profile.sites) for g in range(site.kv_heads)]
+# --- the cheapest plan of a quality -----------------------------------------------------------------------------------
 
 
-def _damage(profile: Profile, group: Group, spec: Spec, weight: float) -> float | None:
-    """KL plus the weighted rise of the needle loss; None if this candidate was not measured here."""
-    table = profile.damage[label(spec)]
-    kl, needle = (table[m][group[0]][group[1]] for m in ("kl", "needle"))
-    return None if kl is None else max(kl, 0.0) + weight * max(needle, 0.0)
+def _keep_quality(
+    task: Task, program: Program, known: Ints, measure: Measure | None
+) -> tuple[Solution, dict[str, float]]:
+    """The least of the first budget's resource whose measured KL is at most `keep_quality`.
+
+    What single damages add up to is not what they do together, so the sum that is allowed is bisected, and every plan
+    on the way is measured.
+    """
+    keep = task.settings.keep_quality
+    assert keep is not None
+    if measure is None:
+        raise UsageError("keep_quality measures whole plans, which needs the model: run it as `attnconvert select RUN`")
+
+    def measured(found: Solution) -> dict[str, float]:
+        converted = task.chosen(known[found.choice])
+        return measure(converted) if converted else {"kl": 0.0, "needle": 0.0}
+
+    def attempt(most: float) -> tuple[Solution, dict[str, float]]:
+        found = cheapest(program, 0, most * (1 + 1e-9), gap=1e-3, seconds=SECONDS)
+        return found, measured(found)
+
+    least = solve(program, seconds=SECONDS)
+    result = least, measured(least)
+    if result[1]["kl"] > keep:
+        raise UsageError(
+            f"no plan keeps select.keep_quality: {keep}: the one that loses least within the budgets has a measured KL "
+            f"of {result[1]['kl']:.4f}; allow more"
+        )
+    top = float(sum(program.loss[program.unit == u].max() for u in range(len(program.starts))))
+    widest = attempt(top)
+    if widest[1]["kl"] <= keep:
+        return widest
+    low, high = least.loss, program.value(widest[0].choice)
+    mid = keep if low < keep < high else float(np.sqrt(max(low, high * 1e-3) * high))
+    for _ in range(TRIES):
+        if high <= max(low, 1e-9) * 1.02:
+            break
+        tried = attempt(mid)
+        if tried[1]["kl"] <= keep:
+            result, low = tried, mid
+        else:
+            high = min(mid, program.value(tried[0].choice))
+        mid = float(np.sqrt(max(low, high * 1e-3) * high))
+    return result
+
+
+# --- the result -------------------------------------------------------------------------------------------------------
+
+
+def _selection(
+    task: Task,
+    chosen: Chosen,
+    model: str,
+    seconds: float,
+    solved: tuple[Program, Ints, Solution, Losses] | None = None,
+    measured: Mapping[str, float] | None = None,
+) -> Selection:
+    profile, groups = task.profile, task.chosen(chosen.choice)
+    reasons = {}
+    for u, members in enumerate(task.units):
+        for group in members:
+            spec = groups.get(group, Full())
+            reasons[group] = task.kept.get(group) or _reason(task, group, spec, chosen.words.get(u), solved)
+    found: dict[str, Any] = {}
+    if solved is not None:
+        program, known, solution, _ = solved
+        loss = program.loss[solution.choice].sum()
+        quality = task.settings.keep_quality is None
+        found = {
+            "loss": float(loss),
+            "bound": solution.bound if quality else None,
+            "gap": solution.gap,
+            "how": solution.how,
+            "prices": {name: price for name, price in solution.prices.items() if name != "loss"} if quality else {},
+            "switches": _by_site(profile, switches(task, program, known, solution) if quality else {}, None),
+        }
+    return Selection(
+        plan=_plan(profile, groups, model),
+        method=task.settings.method,
+        reasons=_by_site(profile, reasons, ""),
+        predicted=_predicted(profile, groups),
+        seconds=seconds,
+        costs=task.used(chosen.choice),
+        measured=measured,
+        problems=profile.problems,
+        **found,
+    )
+
+
+def _plan(profile: Profile, groups: Mapping[Group, Spec], model: str) -> Plan:
+    sites = enumerate(profile.sites)
+    return Plan(model, {s.name: tuple(groups.get((n, g), Full()) for g in range(s.kv_heads)) for n, s in sites})
+
+
+def _by_site(profile: Profile, values: Mapping[Group, Any], default: Any) -> dict[str, list[Any]]:
+    sites = enumerate(profile.sites)
+    return {s.name: [values.get((n, g), default) for g in range(s.kv_heads)] for n, s in sites}
 
 
 def _predicted(profile: Profile, chosen: Mapping[Group, Spec]) -> dict[str, float | None]:
     """Sums of the single damages; None where the profile did not measure one of them."""
     totals: dict[str, float | None] = {}
     for measure in ("kl", "needle"):
-        values: list[float | None] = []
-        for (n, g), spec in chosen.items():
-            if spec != Full():
-                table = profile.damage.get(label(spec))
-                values.append(None if table is None else table[measure][n][g])
-        known = [v for v in values if v is not None]
-        totals[measure] = float(sum(known)) if len(known) == len(values) else None
+        cells = [cell(profile.damage.get(label(spec), {}).get(measure), n, g) for (n, g), spec in chosen.items()]
+        known = [x for x in cells if x is not None]
+        totals[measure] = float(sum(known)) if len(known) == len(cells) else None
     return totals
 
 
-def _by_damage(profile: Profile, settings: SelectSettings) -> tuple[dict[Group, Spec], dict[Group, str]]:
-    """Least summed damage under the budget, groups that carry retrieval kept full."""
-    groups = _groups(profile)
-    wanted = [settings.operator] if settings.operator else list(profile.candidates.values())
-    options: list[tuple[Group, Spec, float]] = []
-    reasons: dict[Group, str] = {}
-    for group in groups:
-        options.append((group, Full(), 0.0))
-        score = retrieval_score(profile, group)
-        if settings.retrieval_keep is not None and score > settings.retrieval_keep:
-            reasons[group] = f"kept full: retrieval score {score:.2f} is above {settings.retrieval_keep:.2f}"
-            continue
-        for spec in wanted:
-            damage = _damage(profile, group, spec, settings.needle_weight)
-            if damage is not None and refusal(profile.sites[group[0]], spec) is None:
-                options.append((group, spec, damage))
-    taken = _solve(profile, settings, groups, options)
-    chosen = {group: spec for (group, spec, _), take in zip(options, taken, strict=True) if take}
-    for group, spec in chosen.items():
-        reasons.setdefault(group, _reason(profile, settings, group, spec, wanted))
-    return chosen, reasons
+def _reason(task: Task, group: Group, spec: Spec, word: str | None, solved: Any) -> str:
+    """In one line: what the group would lose, and the retrieval score."""
+    verb = "kept full" if spec == Full() else "converted"
+    if word is not None:
+        return word if word.startswith(("converted", "restored")) else f"{verb}: {word}"
+    if solved is None:
+        return "kept full: not needed for the budget" if spec == Full() else "converted"
+    losses: Losses = solved[3]
+    known = [(x, s) for s in task.wanted if (x := losses(group, s)) is not None and not _refused(task, group, s)]
+    if not known:
+        return "kept full: nothing was measured that could stand in"
+    loss, shown = next((pair for pair in known if pair[1] == spec), min(known, key=lambda pair: pair[0]))
+    table = task.profile.damage.get(label(shown), {})
+    kl, needle = (cell(table.get(m), *group) for m in ("kl", "needle"))
+    score = retrieval_score(task.profile, group)
+    if task.settings.method == "damage" and kl is not None and needle is not None:
+        what = f"{label(shown)} costs KL {kl:.4f} and needle loss {needle:+.3f}"
+    else:
+        what = f"{label(shown)} has a loss of {loss:.4g} by {task.settings.method}"
+    return f"{verb}: {what}" + ("" if score is None else f"; retrieval {score:.2f}")
 
 
-def _reason(profile: Profile, settings: SelectSettings, group: Group, spec: Spec, wanted: Sequence[Spec]) -> str:
-    measured = [(d, w) for w in wanted if (d := _damage(profile, group, w, settings.needle_weight)) is not None]
-    if not measured:
-        return "kept full: no candidate applies to this layer"
-    shown = spec if spec != Full() else min(measured, key=lambda pair: pair[0])[1]
-    table = profile.damage[label(shown)]
-    kl, needle = (table[m][group[0]][group[1]] for m in ("kl", "needle"))
-    score = retrieval_score(profile, group)
-    what = f"{label(shown)} costs KL {kl:.4f} and needle loss {needle:+.3f}; retrieval {score:.2f}"
-    return f"{'kept full' if spec == Full() else 'converted'}: {what}"
+def _refused(task: Task, group: Group, spec: Spec) -> bool:
+    return refusal(task.profile.sites[group[0]], spec) is not None
 
 
-def _solve(
-    profile: Profile, settings: SelectSettings, groups: Sequence[Group], options: Sequence[tuple[Group, Spec, float]]
-) -> Any:
-    """Which options to take: one per group, within the budget, whole layers where the unit is a layer."""
-    rows, low, high = [], [], []
-
-    def add(row: Any, least: float, most: float) -> None:
-        rows.append(row)
-        low.append(least)
-        high.append(most)
-
-    converts = np.array([spec != Full() for _, spec, _ in options], dtype=float)
-    member = {group: np.array([g == group for g, _, _ in options], dtype=float) for group in groups}
-    for group in groups:
-        add(member[group], 1, 1)
-    if settings.unit == "layer":
-        _tie_layers(groups, options, add)
-    budget = ""
-    if settings.groups is not None:
-        budget = f"groups: {settings.groups}"
-        add(converts, np.ceil(settings.groups * len(groups) - 1e-9), np.inf)
-    if settings.layers is not None:
-        budget = f"layers: {settings.layers}"
-        share = np.array([converts[i] / profile.sites[g[0]].kv_heads for i, (g, _, _) in enumerate(options)])
-        add(share, settings.layers, settings.layers)
-    if settings.kv_bytes is not None:
-        budget = f"kv_bytes: {settings.kv_bytes} at length {settings.length}"
-        sizes = np.array([_state_bytes(profile, g, spec, settings.length) for g, spec, _ in options])
-        full = sum(_state_bytes(profile, g, Full(), settings.length) for g in groups)
-        add(sizes / full, 0, settings.kv_bytes)
-    damage = np.array([d for _, _, d in options])
-    result = milp(
-        damage,
-        constraints=LinearConstraint(np.array(rows), low, high),
-        integrality=np.ones(len(options)),
-        bounds=Bounds(0, 1),
-    )
-    if result.x is None:
-        free = len({g for g, spec, _ in options if spec != Full()})
-        raise UsageError(
-            f"no plan meets select.{budget}: {free} of {len(groups)} KV groups may be converted "
-            f"(retrieval_keep: {settings.retrieval_keep}); ask for less, keep fewer groups, or add smaller candidates"
-        )
-    return result.x > 0.5
-
-
-def _tie_layers(groups: Sequence[Group], options: Sequence[tuple[Group, Spec, float]], add: Any) -> None:
-    """All groups of a layer take the same operator as its first group."""
-    for group in groups:
-        first = (group[0], 0)
-        if group == first:
-            continue
-        for spec in {s for g, s, _ in options if g in (group, first)}:
-            row = np.array([float(s == spec) * ((g == group) - float(g == first)) for g, s, _ in options])
-            add(row, 0, 0)
-
-
-def _state_bytes(profile: Profile, group: Group, spec: Spec, length: int) -> float:
-    site = profile.sites[group[0]]
-    shape = Shape(queries=site.heads // site.kv_heads, dim=site.dim, element=profile.data.get("element", 2))
-    if spec == Full() and site.limit is not None:
-        spec = Window(size=site.limit, sinks=0)
-    return operators.of(spec).state_size(spec, shape, length)
-
-
-def _spread(profile: Profile, settings: SelectSettings) -> tuple[dict[Group, Spec], dict[Group, str]]:
-    """Evenly spaced or random groups or layers, as many as the budget needs."""
-    spec = settings.operator or next(iter(profile.candidates.values()))
-    units = _groups(profile) if settings.unit == "group" else [(n, -1) for n in range(len(profile.sites))]
-    units = [unit for unit in units if refusal(profile.sites[unit[0]], spec) is None]
-    if settings.method == "random":
-        shuffled = torch.randperm(len(units), generator=rng("select", settings.seed)).tolist()
-    else:  # evenly spaced at every prefix: van der Corput order
-        shuffled = np.argsort([int(f"{i:032b}"[::-1], 2) for i in range(len(units))], kind="stable").tolist()
-    chosen: dict[Group, Spec] = {}
-    for count in range(len(units) + 1):
-        if _budget_met(profile, settings, chosen, count):
-            break
-        if count == len(units):
-            raise UsageError(f"no {settings.method} plan meets the budget even with every group as {label(spec)}")
-        n, g = units[shuffled[count]]
-        members = range(profile.sites[n].kv_heads) if g < 0 else [g]
-        chosen.update({(n, m): spec for m in members})
-    word = "evenly spaced" if settings.method == "uniform" else f"at random, seed {settings.seed}"
-    return chosen, dict.fromkeys(chosen, f"converted: {word}")
-
-
-def _budget_met(profile: Profile, settings: SelectSettings, chosen: Mapping[Group, Spec], units: int) -> bool:
-    groups = _groups(profile)
-    if settings.groups is not None:
-        return len(chosen) >= settings.groups * len(groups) - 1e-9
-    if settings.layers is not None:
-        return units >= settings.layers
-    used = sum(_state_bytes(profile, g, chosen.get(g, Full()), settings.length) for g in groups)
-    full = sum(_state_bytes(profile, g, Full(), settings.length) for g in groups)
-    return used / full <= (settings.kv_bytes or 1.0)
-
-
-def _explicit(profile: Profile, settings: SelectSettings) -> tuple[dict[Group, Spec], dict[Group, str]]:
+def _explicit(profile: Profile, settings: SelectSettings, model: str) -> Selection:
     """Layers as the recipe lists them."""
     chosen: dict[Group, Spec] = {}
-    layers = {site.layer: n for n, site in enumerate(profile.sites)}
-    for key, spec in (settings.explicit or {}).items():
-        first, _, last = str(key).partition("-")
-        for layer in range(int(first), int(last or first) + 1):
-            if layer not in layers:
-                raise UsageError(
-                    f"select.explicit names layer {layer}, but the model has layers {min(layers)}–{max(layers)}"
-                )
-            n = layers[layer]
-            if reason := refusal(profile.sites[n], spec):
+    layers = [site.layer for site in profile.sites]
+    for layer, spec in (settings.explicit or {}).items():
+        if layer not in layers:
+            raise UsageError(
+                f"select.explicit names layer {layer}, but the model has layers {min(layers)}–{max(layers)}"
+            )
+        for n, site in enumerate(profile.sites):
+            if site.layer != layer:
+                continue
+            if reason := refusal(site, spec):
                 raise UsageError(f"select.explicit: {reason}")
-            chosen.update({(n, g): spec for g in range(profile.sites[n].kv_heads)})
-    return chosen, dict.fromkeys(chosen, "converted: named in the recipe")
+            chosen.update({(n, g): spec for g in range(site.kv_heads)})
+    reasons = _by_site(profile, dict.fromkeys(chosen, "converted: named in the recipe"), "")
+    predicted = _predicted(profile, chosen)
+    plan = _plan(profile, chosen, model)
+    return Selection(plan, "explicit", reasons, predicted, problems=profile.problems)

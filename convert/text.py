@@ -37,6 +37,19 @@ TEMPLATES = {
         question="\n\nFor the file, I repeat the note about Mrs. Hale."
         " The account of Mrs. Hale was opened under the code",
     ),
+    "badge": Template(
+        needle=" One more thing: the badge of the new engineer carries the number {answer}. ",
+        question="\n\nReminder. The badge of the new engineer carries the number",
+    ),
+    "train": Template(
+        needle=" The night train to Lisbon has the reservation code {answer}, as I was told. ",
+        question="\n\nWhich reservation code has the night train to Lisbon?"
+        " The night train to Lisbon has the reservation code",
+    ),
+    "shelf": Template(
+        needle=" The missing manuscript was found on shelf {answer} of the old library. ",
+        question="\n\nQ: On which shelf of the old library was the missing manuscript found?\nA: It was found on shelf",
+    ),
 }
 
 
@@ -51,6 +64,10 @@ class Needles:
     ids: Tensor
     answer: Tensor
     needle: Tensor
+
+    def first(self, cases: int) -> Needles:
+        """The first cases only."""
+        return Needles(self.ids[:cases], self.answer[:cases], self.needle[:cases])
 
 
 def rng(*parts: object) -> torch.Generator:

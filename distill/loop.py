@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from ..convert.errors import AttnConvertError, UsageError
 from ..convert.files import replacing, write_text
 from ..convert.hosts import models
-from ..convert.hosts.transformers import Conversion, Site
+from ..convert.hosts.transformers import Conversion, Site, refusal
 from ..convert.text import rng
-from ..kernels.spec import Full, Spec
+from ..kernels.spec import Full, Spec, label
 from .objectives import attention_transfer, distillation
 
 if TYPE_CHECKING:
@@ -97,6 +97,36 @@ def _transfer(
     trainer.run(step, samples, settings.batch, seed, track)
     for p in learned.values():
         p.requires_grad_(False)
+
+
+def fit_operators(
+    model: Any,
+    sites: Sequence[Site],
+    spec: Spec,
+    samples: Tensor,
+    settings: TransferSettings,
+    seed: int,
+    folder: Path,
+    track: Track,
+) -> dict[tuple[str, str], nn.Module]:
+    """What an operator learns at every site by attention transfer alone, {(site name, label): module}.
+
+    Each site is fitted on the teacher's hidden states, so it does not matter which others are converted in the end.
+    The steps are kept in `folder`; the model is left as it was.
+    """
+    able = [site for site in sites if refusal(site, spec) is None]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    conversion = Conversion(model, {site: [spec] * site.kv_heads for site in able})
+    try:
+        if settings.steps and conversion.learned():
+            _transfer(model, conversion, samples, settings, seed, folder, track)
+        found = {name: mine.learned(spec) for name, mine in conversion.sites.items()}
+        return {(name, label(spec)): module for name, module in found.items() if module is not None}
+    finally:
+        conversion.remove()
+        for p in trainable:
+            p.requires_grad_(True)
 
 
 def _lora(
@@ -212,6 +242,7 @@ class Trainer:
         self.lr, self.steps, self.warmup, self.clip, self.every = lr, steps, max(1, round(warmup * steps)), clip, every
         self.folder = folder
         self.path = folder / f"{phase}.safetensors"
+        self.at = 0  # the step that runs
 
     def rate(self, step: int) -> float:
         """Linear warm-up, then cosine to zero."""
@@ -227,7 +258,7 @@ class Trainer:
         first = self._resume()
         device = next(iter(self.learned.values())).device
         for n in track(range(first, self.steps), f"{self.phase} training"):
-            start = time.perf_counter()
+            start, self.at = time.perf_counter(), n
             self.optimizer.zero_grad()
             logged = step(samples[self._rows(n, len(samples), batch, seed)].to(device))
             norm = torch.nn.utils.clip_grad_norm_(list(self.learned.values()), self.clip).item()

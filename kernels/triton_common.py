@@ -1,16 +1,17 @@
 """What the Triton kernels share: which chip they run on, and how a shipped configuration is described.
 
 Every `triton_*.py` has `variants(arch)`, which yields each configuration that its launchers can choose on that chip.
-The ahead-of-time gate compiles them all, so what is launched is what was checked.
+The ahead-of-time gate compiles them all, so what is launched is what was checked. What takes no more registers and no
+more shared memory than another configuration is not listed beside it: each `variants` says what stands for what.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,6 +36,15 @@ class Variant:
     warps: int
     stages: int
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+T = TypeVar("T")
+
+
+def widest(tiles: Callable[[int], Iterable[T]], dims: tuple[int, ...] = (64, 128, 256)) -> list[tuple[int, T]]:
+    """Each of the `tiles` of these head dimensions, beside the largest dimension that takes it: it needs the most."""
+    found = {tile: dim for dim in dims for tile in tiles(dim)}
+    return [(dim, tile) for tile, dim in found.items()]
 
 
 def interpreted() -> bool:

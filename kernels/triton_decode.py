@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import EPS, Decode, Part
-from .triton_common import Variant, architecture
+from .triton_common import Variant, architecture, widest
 from .triton_linear_host import describe
 
 NORMAL = tl.constexpr(EPS)
@@ -320,30 +320,21 @@ def refuses(p: Decode) -> str | None:
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """Groups of up to 16 query heads pad to the same tile; sinks and features only add to what is compiled."""
-    for name in ("bf16", "fp16", "fp32"):
-        for bd, split in ((x, s) for x in (32, 64, 128, 256) for s in (False, True)):
-            bn, bf, warps = tiles(arch, bd, name == "fp32")
-            constants: dict[str, Any] = {
-                "GROUP": 4, "ROWS": 16, "BN": bn, "BD": bd, "BF": bf, "SINK": True, "SPLIT": split, "LINEAR": True,
-                "PRECISION": "ieee",
-            }  # fmt: skip
-            partial = "*fp32" if split else f"*{name}"
-            types = {
-                **dict.fromkeys(("q", "fq"), f"*{name}"),
-                "table": "*i64",
-                "sink": "*fp32",
-                "out": partial,
-                **dict.fromkeys(("sums", "lse"), "*fp32"),
-            }
-            types |= {"scale": "fp32", "cap": "fp32"}
-            label = f"decode {name} {bd}{' split' * split}"
-            yield describe(label, _step, types, constants, warps, 2)
-            if split:
-                kinds = {**dict.fromkeys(("q", "k"), f"*{name}"), **dict.fromkeys(("mask", "late"), "*u8")}
-                kinds |= {**dict.fromkeys(("lse", "out"), "*fp32"), "scale": "fp32", "cap": "fp32"}
-                more = {"GROUP": 4, "ROWS": 16, "BN": bn, "BD": bd, "MASK": True, "PRECISION": "ieee"}
-                yield describe(f"decode received {name} {bd}", _receive, kinds, more, warps, 3)
-    for bd in (32, 64, 128, 256):
-        types = {"partial": "*fp32", "sums": "*fp32", "out": "*bf16", "lse": "*fp32"}
-        yield describe(f"decode merge {bd}", _merge, types, {"BD": bd, "BP": 16}, 4, 3)
+    """Every tile, for the widest head that takes it, with sinks, linear states and masks, which only add.
+
+    Groups of up to 16 query heads pad to the same tile; bf16 stands for fp16, slices for whole caches but for one.
+    """
+    for name, wide in (("bf16", False), ("fp32", True)):
+        types = {**dict.fromkeys(("q", "k", "fq"), f"*{name}"), "table": "*i64", "sink": "*fp32"}
+        types |= {**dict.fromkeys(("sums", "lse"), "*fp32"), "scale": "fp32", "cap": "fp32"}
+        types |= dict.fromkeys(("mask", "late"), "*u8")
+        for bd, (bn, bf, warps) in widest(lambda dim, wide=wide: [tiles(arch, dim, wide)], (32, 64, 128, 256)):
+            tile: dict[str, Any] = {"GROUP": 4, "ROWS": 16, "BN": bn, "BD": bd, "PRECISION": "ieee"}
+            for split in (True, False) if bd == 256 and not wide else (True,):
+                constants = {**tile, "BF": bf, "SINK": True, "SPLIT": split, "LINEAR": True}
+                kinds = {**types, "out": "*fp32" if split else f"*{name}"}
+                yield describe(f"decode {name} {bd}{' split' * split}", _step, kinds, constants, warps, 2)
+            kinds = {**types, "out": "*fp32"}
+            yield describe(f"decode received {name} {bd}", _receive, kinds, {**tile, "MASK": True}, warps, 3)
+    types = {"partial": "*fp32", "sums": "*fp32", "out": "*bf16", "lse": "*fp32"}
+    yield describe("decode merge 256", _merge, types, {"BD": 256, "BP": 16}, 4, 3)

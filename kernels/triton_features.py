@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import Variant, architecture
+from .triton_common import Variant, architecture, widest
 from .triton_linear_host import describe
 
 FLOOR = tl.constexpr(1e-12)  # of a Hedgehog feature
@@ -303,25 +303,22 @@ def refuses(kind: str, dim: int, weights: tuple[Tensor, ...]) -> str | None:
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """Every tile, with weights in fp32, which take the most."""
-    for name in ("bf16", "fp16", "fp32"):
+    """Every tile, for the widest head that takes it and with weights in fp32, which take the most.
+
+    bf16 stands for fp16, and the gradient of softmax, which needs sums over a row, for all maps without weights.
+    """
+    for name, wide in (("bf16", False), ("fp32", True)):
         kinds = {
-            **dict.fromkeys(("x", "do", "out"), f"*{name}"),
+            **dict.fromkeys(("x", "do", "out", "dy"), f"*{name}"),
             **dict.fromkeys(("w", "w1", "b1", "w2", "b2"), "*fp32"),
         }
-        kinds["dy"] = "*bf16" if name == "bf16" else "*fp32"
-        for bd in (32, 64, 128, 256):
-            bm, bk, warps = tiles(arch, bd, name == "fp32")
-            constants: dict[str, Any] = {"BM": bm, "BK": bk, "PRECISION": "ieee", "SPLIT": name != "fp32"}
+        for bd, (bm, bk, warps) in widest(lambda dim, wide=wide: [tiles(arch, dim, wide)], (32, 64, 128, 256)):
+            constants: dict[str, Any] = {"BM": bm, "BK": bk, "BD": bd, "PRECISION": "ieee", "SPLIT": not wide}
             for function, stages in ((_hedgehog, 2), (_hedgehog_backward, 1)):
                 label = f"features {function.__name__[1:]} {name} {bd}"
-                yield describe(label, function, kinds, {**constants, "BD": bd}, warps, stages)
-            if bd <= HIDDEN:
-                bm, bk, warps = poly_tiles(arch, bd, name == "fp32")
-                more = {"BM": bm, "BK": bk, "HIDDEN": bd, "BN": 16}
-                yield describe(f"features poly {name} {bd}", _poly, kinds, {**constants, **more}, warps, 1)
-            for kind, number in KINDS.items() if name != "fp16" else ():
-                for backward in (False, True):
-                    constants_rows = {"BM": 16 if bd > 64 else 32, "BD": bd, "KIND": number, "BACKWARD": backward}
-                    label = f"features {kind} {name} {bd}{' backward' * backward}"
-                    yield describe(label, _rows, kinds, constants_rows, 4, 3)
+                yield describe(label, function, kinds, constants, warps, stages)
+        for hidden, (bm, bk, warps) in widest(lambda dim, wide=wide: [poly_tiles(arch, dim, wide)], (32, 64, HIDDEN)):
+            constants = {"BM": bm, "BK": bk, "HIDDEN": hidden, "BN": 16, "PRECISION": "ieee", "SPLIT": not wide}
+            yield describe(f"features poly {name} {hidden}", _poly, kinds, constants, warps, 1)
+        constants = {"BM": 16, "BD": 256, "KIND": KINDS["softmax"], "BACKWARD": True}
+        yield describe(f"features softmax {name} 256 backward", _rows, kinds, constants, 4, 3)

@@ -353,36 +353,27 @@ def linear_forward(p: Linear) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """All that `linear_forward` and the sums of the backward launch. GROUP is a loop bound: 2 stands for all."""
-    both = (False, True)
+    """All that `linear_forward` and the sums of the backward launch.
+
+    What is packed, weighted and causal stands for what is not. GROUP and SEGMENT are loop bounds: one stands for all.
+    """
     for name, m in modes(arch).items():
         r, c = reduce_tiles(arch, m), chunk_tiles(arch, m)
-        dots: dict[str, Any] = {"T": m.dtype, "PRECISION": m.precision}
-        for weighted, packed in ((w, x) for w in both for x in both):
-            constants = {
-                "GROUP": 2, "SEGMENT": r.segment, "CHUNK": r.chunk, "BF": r.bf, "BD": r.bd, "WEIGHTED": weighted,
-                "VARLEN": packed, **dots,
-            }  # fmt: skip
-            label = f"linear sums {name}{' weighted' * weighted}{' packed' * packed}"
-            yield describe(label, _sums, types(name), constants, r.warps, r.stages)
-        for causal, packed in ((x, y) for x in both for y in both):
-            constants = {
-                "GROUP": 2, "CHUNK": c.chunk, "BF": c.bf, "BD": c.bd, "CAUSAL": causal, "VARLEN": packed, **dots
-            }  # fmt: skip
-            label = f"linear apply {name}{' causal' * causal}{' packed' * packed}"
-            yield describe(label, _apply, types(name), constants, c.warps, c.stages)
-    for features, dim, packed in ((f, d, x) for f in (64, 128) for d in (64, 128) for x in both):
+        dots: dict[str, Any] = {"GROUP": 2, "VARLEN": True, "T": m.dtype, "PRECISION": m.precision}
+        constants = {"SEGMENT": r.segment, "CHUNK": r.chunk, "BF": r.bf, "BD": r.bd, "WEIGHTED": True, **dots}
+        yield describe(f"linear sums {name}", _sums, types(name), constants, r.warps, r.stages)
+        constants = {"CHUNK": c.chunk, "BF": c.bf, "BD": c.bd, "CAUSAL": True, **dots}
+        yield describe(f"linear apply {name}", _apply, types(name), constants, c.warps, c.stages)
+    for features, dim in ((f, d) for f in (64, 128) for d in (64, 128)):
         t = carry_tiles(arch, features, dim)
         if t is not None:
             constants = {
-                "GROUP": 2, "SEGMENT": t.segment, "CHUNK": t.chunk, "BF": t.bf, "BD": t.bd, "VARLEN": packed,
+                "GROUP": 2, "SEGMENT": t.segment, "CHUNK": t.chunk, "BF": t.bf, "BD": t.bd, "VARLEN": True,
                 "T": tl.bfloat16,
             }  # fmt: skip
-            label = f"linear carry {t.bf}x{t.bd}{' packed' * packed}"
-            yield describe(label, _carry, types("bf16"), constants, t.warps, t.stages)
-    for total, reverse, start in ((True, False, True), (False, False, True), (False, True, False), (True, True, False)):
-        constants = {
-            "SEGMENT": 128, "ROWS": 8, "BLOCK": 256, "TOTAL": total, "REVERSE": reverse, "STATE": start,
-            "FINAL": not total and not reverse, "VARLEN": True,
-        }  # fmt: skip
-        yield describe(f"linear scan{' total' * total}{' reverse' * reverse}", _scan, types("bf16"), constants, 4, 3)
+            yield describe(f"linear carry {t.bf}x{t.bd}", _carry, types("bf16"), constants, t.warps, t.stages)
+    constants = {
+        "SEGMENT": 128, "ROWS": 8, "BLOCK": 256, "TOTAL": False, "REVERSE": False, "STATE": True, "FINAL": True,
+        "VARLEN": True,
+    }  # fmt: skip
+    yield describe("linear scan", _scan, types("bf16"), constants, 4, 3)

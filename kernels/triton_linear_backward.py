@@ -291,17 +291,17 @@ def _constants(p: Linear, t: Tiles, m: Mode) -> dict[str, Any]:
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """What `linear_backward` launches beside the kernels of the forward. GROUP is a loop bound: 2 stands for all."""
-    both = (False, True)
+    """What `linear_backward` launches beside the kernels of the forward.
+
+    What is packed, weighted and causal stands for what is not. GROUP is a loop bound: 2 stands for all.
+    """
     for name, m in modes(arch).items():
         t = backward_tiles(arch, m)
-        for dim in (64, 128, 256):
-            constants: dict[str, Any] = {"ROWS": 32, "BD": dim}
-            yield describe(f"linear backward rows {name} {dim}", _rows, types(name), constants, 4, 3)
-        for function, causal, packed in ((f, x, y) for f in (_queries, _keys, _values) for x in both for y in both):
-            constants = {
-                "GROUP": 2, "CHUNK": t.chunk, "BF": t.bf, "BD": t.bd, "CAUSAL": causal, "WEIGHTED": True,
-                "VARLEN": packed, "T": m.dtype, "PRECISION": m.precision, "SPLIT": m.half,
+        for function in (_queries, _keys, _values):
+            constants: dict[str, Any] = {
+                "GROUP": 2, "CHUNK": t.chunk, "BF": t.bf, "BD": t.bd, "CAUSAL": True, "WEIGHTED": True, "VARLEN": True,
+                "T": m.dtype, "PRECISION": m.precision, "SPLIT": m.half,
             }  # fmt: skip
-            label = f"linear backward{function.__name__} {name}{' causal' * causal}{' packed' * packed}"
+            label = f"linear backward{function.__name__} {name}"
             yield describe(label, function, types(name), constants, t.warps, t.stages, registers(arch))
+    yield describe("linear backward rows fp32 256", _rows, types("fp32"), {"ROWS": 32, "BD": 256}, 4, 3)

@@ -32,7 +32,20 @@ from .triton_mixed_host import (
 from .triton_mixed_masks import beyond, key_runs, near, pattern_bits, whole_entries
 from .triton_mixed_shapes import Tile, padded, tile_for
 from .triton_mixed_states import States, key_states
-from .triton_mixed_tiles import FAR, HOLE, INF, LN2, LOG2E, alive_tile, sequence, softcapped, tile, window_of
+from .triton_mixed_tiles import (
+    FAR,
+    HOLE,
+    INF,
+    LN2,
+    LOG2E,
+    alive_tile,
+    places,
+    products,
+    sequence,
+    softcapped,
+    tile,
+    window_of,
+)
 
 FLOOR = tl.constexpr(EPS)
 NONE, SHARED, SEPARATE = 0, 1, 2  # BRANCH
@@ -148,9 +161,10 @@ def forward_kernel(
     i = first + shift + row
     i0 = first + shift
     i1 = tl.minimum(first + BM, rows) - 1 + shift
-    q_tile = tile(
-        q + b * q_b.to(tl.int64) + h * q_h.to(tl.int64) + row0 * q_n, first, q_n, row, column, rows, DIM, True
-    )
+    q_base = q + b * q_b.to(tl.int64) + h * q_h.to(tl.int64) + row0 * q_n
+    q_tile = tile(q_base, first, q_n, row, column, rows, DIM, True)
+    q_at = places(q_base, first, q_n, row)
+    q_live = first + row < rows
     k_base = k + b * k_b.to(tl.int64) + g * k_h.to(tl.int64) + key0 * k_n
     v_base = v + b * v_b.to(tl.int64) + g * v_h.to(tl.int64) + key0 * v_n
     w = g * 0
@@ -234,9 +248,9 @@ def forward_kernel(
         for e in range(0, tl.where(w < FAR, extras, 0), BE):
             at = tl.load(extra_at + (n * (heads // GROUP) + g) * extras + e + slot, mask=e + slot < extras, other=HOLE)
             real = at != HOLE
-            s = tl.dot(
-                q_tile, tl.trans(alive_tile(ek_base, e, ek_n, slot, column, real, DIM)), input_precision=PRECISION
-            )
+            kt = alive_tile(ek_base, e, ek_n, slot, column, real, DIM)
+            k_at = places(ek_base, e, ek_n, slot)
+            s = products(q_tile, q_at, q_live, kt, k_at, real, column, DIM, PRECISION)
             if SOFTCAP:
                 s = softcapped(s * scale, softcap)
             s = tl.where(beyond(i[:, None], at[None, :], w, CAUSAL), s, -INF)
@@ -251,9 +265,9 @@ def forward_kernel(
             inside = j < keys
             if valid is not None:
                 inside = inside & (tl.load(valid + b * valid_b + key0 + j, mask=inside, other=0) != 0)
-            s = tl.dot(
-                q_tile, tl.trans(tile(k_base, j0, k_n, lane, column, keys, DIM, True)), input_precision=PRECISION
-            )
+            kt = tile(k_base, j0, k_n, lane, column, keys, DIM, True)
+            k_at = places(k_base, j0, k_n, lane)
+            s = products(q_tile, q_at, q_live, kt, k_at, j < keys, column, DIM, PRECISION)
             if SOFTCAP:
                 s = softcapped(s * scale, softcap)
             s = tl.where(near(i[:, None], j[None, :], w, CAUSAL) & inside[None, :], s, -INF)
@@ -261,9 +275,9 @@ def forward_kernel(
                 m, den, acc, s, alive_tile(v_base, j0, v_n, lane, column, inside, DIM), unit, True, PRECISION
             )
         for j0 in range(whole, last, BN):
-            s = tl.dot(
-                q_tile, tl.trans(tile(k_base, j0, k_n, lane, column, keys, DIM, False)), input_precision=PRECISION
-            )
+            kt = tile(k_base, j0, k_n, lane, column, keys, DIM, False)
+            k_at = places(k_base, j0, k_n, lane)
+            s = products(q_tile, q_at, q_live, kt, k_at, lane >= 0, column, DIM, PRECISION)
             if SOFTCAP:
                 s = softcapped(s * scale, softcap)
             if valid is not None:
@@ -291,9 +305,9 @@ def forward_kernel(
             c0 = x % parts * BN
             j0 = ahead * BK + c0
             ahead = tl.load(columns + begin + (x + 1) // parts, mask=x + 1 < split, other=0)
-            s = tl.dot(
-                q_tile, tl.trans(tile(k_base, j0, k_n, lane, column, keys, DIM, False)), input_precision=PRECISION
-            )
+            kt = tile(k_base, j0, k_n, lane, column, keys, DIM, False)
+            k_at = places(k_base, j0, k_n, lane)
+            s = products(q_tile, q_at, q_live, kt, k_at, lane >= 0, column, DIM, PRECISION)
             if SOFTCAP:
                 s = softcapped(s * scale, softcap)
             if kinds is not None:
@@ -317,9 +331,9 @@ def forward_kernel(
             inside = j < keys
             if valid is not None:
                 inside = inside & (tl.load(valid + b * valid_b + key0 + j, mask=inside, other=0) != 0)
-            s = tl.dot(
-                q_tile, tl.trans(tile(k_base, j0, k_n, lane, column, keys, DIM, True)), input_precision=PRECISION
-            )
+            kt = tile(k_base, j0, k_n, lane, column, keys, DIM, True)
+            k_at = places(k_base, j0, k_n, lane)
+            s = products(q_tile, q_at, q_live, kt, k_at, j < keys, column, DIM, PRECISION)
             if SOFTCAP:
                 s = softcapped(s * scale, softcap)
             seen = inside[None, :] & (row >= 0)[:, None]
@@ -392,7 +406,8 @@ def mixed_forward(p: Softmax, branch: Branch | None, *, config: Tile | None = No
             narrow = torch.bfloat16 if kind == tl.bfloat16 else torch.float32
             sides, final = key_states(p, branch, arch, narrow, chunk)
         if p.q.numel():
-            full = branch is not None or (isinstance(p.where, Blocks) and p.where.kinds is not None)
+            full = branch is not None or p.valid is not None
+            full = full or (isinstance(p.where, Blocks) and p.where.kinds is not None)
             _launch(p, branch, s, config or tile_for(p, arch, full), sides, (o, lse, linear, den))
     return Mixed(o=o, lse=lse, linear=linear, den=den, state=final)
 

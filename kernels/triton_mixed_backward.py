@@ -22,7 +22,19 @@ from .triton_mixed_host import bytes_of, cumulative, dot_precision, like, limits
 from .triton_mixed_masks import beyond, early_entries, key_runs, near, pattern_bits, row_runs, whole_entries
 from .triton_mixed_shapes import Tile, fitted, half_of, key_tile, padded, query_tile
 from .triton_mixed_steps import key_step, logit_gradient
-from .triton_mixed_tiles import FAR, HOLE, INF, LOG2E, alive_tile, sequence, softcapped, tile, window_of
+from .triton_mixed_tiles import (
+    FAR,
+    HOLE,
+    INF,
+    LOG2E,
+    alive_tile,
+    places,
+    products,
+    sequence,
+    softcapped,
+    tile,
+    window_of,
+)
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "extras", "list_b", "list_g", "lse_n", "valid_b"])
@@ -59,6 +71,8 @@ def query_kernel(
     do_base = do + b * do_b.to(tl.int64) + h * do_h.to(tl.int64) + row0 * do_n
     q_tile = tile(q_base, first, q_n, row, column, rows, DIM, True)
     do_tile = tile(do_base, first, do_n, row, column, rows, DIM, True)
+    q_at = places(q_base, first, q_n, row)
+    do_at = places(do_base, first, do_n, row)
     k_base = k + b * k_b.to(tl.int64) + g * k_h.to(tl.int64) + key0 * k_n
     v_base = v + b * v_b.to(tl.int64) + g * v_h.to(tl.int64) + key0 * v_n
     at_row = (b * heads + h).to(tl.int64) * lse_n + row0 + first + row
@@ -81,12 +95,14 @@ def query_kernel(
             at = tl.load(extra_at + (n * (heads // GROUP) + g) * extras + e + slot, mask=e + slot < extras, other=HOLE)
             real = at != HOLE
             kt = alive_tile(ek_base, e, ek_n, slot, column, real, DIM)
-            s = tl.dot(q_tile, tl.trans(kt), input_precision=PRECISION)
+            k_at = places(ek_base, e, ek_n, slot)
+            s = products(q_tile, q_at, live, kt, k_at, real, column, DIM, PRECISION)
             if SOFTCAP:
                 s = softcapped(s * scale, softcap)
             s = tl.where(beyond(i[:, None], at[None, :], w, CAUSAL), s, -INF)
             ev = alive_tile(ev_base, e, ev_n, slot, column, real, DIM)
-            dp = tl.dot(do_tile, tl.trans(ev), input_precision=PRECISION)
+            v_at = places(ev_base, e, ev_n, slot)
+            dp = products(do_tile, do_at, live, ev, v_at, real, column, DIM, PRECISION)
             _, ds = logit_gradient(s, dp, top, d, unit, softcap, SOFTCAP)
             acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PRECISION)
 
@@ -124,7 +140,7 @@ def query_kernel(
         if valid is not None:
             inside = inside & (tl.load(valid + b * valid_b + key0 + j, mask=inside, other=0) != 0)
         kt = alive_tile(k_base, j0, k_n, lane, column, inside, DIM)
-        s = tl.dot(q_tile, tl.trans(kt), input_precision=PRECISION)
+        s = products(q_tile, q_at, live, kt, places(k_base, j0, k_n, lane), inside, column, DIM, PRECISION)
         if SOFTCAP:
             s = softcapped(s * scale, softcap)
         seen = inside[None, :] & (row >= 0)[:, None]
@@ -138,7 +154,7 @@ def query_kernel(
                 seen = seen & pattern_bits(patterns, kind, in_block, c0, lane, BQ, BK, False)
         s = tl.where(seen, s, -INF)
         vt = alive_tile(v_base, j0, v_n, lane, column, inside, DIM)
-        dp = tl.dot(do_tile, tl.trans(vt), input_precision=PRECISION)
+        dp = products(do_tile, do_at, live, vt, places(v_base, j0, v_n, lane), inside, column, DIM, PRECISION)
         _, ds = logit_gradient(s, dp, top, d, unit, softcap, SOFTCAP)
         acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PRECISION)
     ahead = start * 0  # the next column, read one step ahead so that the keys need not wait for it
@@ -154,6 +170,7 @@ def query_kernel(
             c0 = x % parts * BN
             j0 = ahead * BK + c0
             ahead = tl.load(columns + begin + (x + 1) // parts, mask=x + 1 < clean, other=0)
+        alive = lane >= 0
         if valid is not None:
             alive = tl.load(valid + b * valid_b + key0 + j0 + lane) != 0
             kt = alive_tile(k_base, j0, k_n, lane, column, alive, DIM)
@@ -161,7 +178,7 @@ def query_kernel(
         else:
             kt = tile(k_base, j0, k_n, lane, column, keys, DIM, False)
             vt = tile(v_base, j0, v_n, lane, column, keys, DIM, False)
-        s = tl.dot(q_tile, tl.trans(kt), input_precision=PRECISION)
+        s = products(q_tile, q_at, live, kt, places(k_base, j0, k_n, lane), alive, column, DIM, PRECISION)
         if SOFTCAP:
             s = softcapped(s * scale, softcap)
         if kinds is not None:
@@ -171,7 +188,7 @@ def query_kernel(
                 s = tl.where(bits, s, -INF)
         if valid is not None:
             s = tl.where(alive[None, :], s, -INF)
-        dp = tl.dot(do_tile, tl.trans(vt), input_precision=PRECISION)
+        dp = products(do_tile, do_at, live, vt, places(v_base, j0, v_n, lane), alive, column, DIM, PRECISION)
         _, ds = logit_gradient(s, dp, top, d, unit, softcap, SOFTCAP)
         acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PRECISION)
 
@@ -211,8 +228,12 @@ def key_kernel(
     inside = j < keys
     if valid is not None:
         inside = inside & (tl.load(valid + b * valid_b + key0 + j, mask=inside, other=0) != 0)
-    kt = alive_tile(k + b * k_b.to(tl.int64) + g * k_h.to(tl.int64) + key0 * k_n, first, k_n, lane, column, inside, DIM)
-    vt = alive_tile(v + b * v_b.to(tl.int64) + g * v_h.to(tl.int64) + key0 * v_n, first, v_n, lane, column, inside, DIM)
+    k_base = k + b * k_b.to(tl.int64) + g * k_h.to(tl.int64) + key0 * k_n
+    v_base = v + b * v_b.to(tl.int64) + g * v_h.to(tl.int64) + key0 * v_n
+    kt = alive_tile(k_base, first, k_n, lane, column, inside, DIM)
+    vt = alive_tile(v_base, first, v_n, lane, column, inside, DIM)
+    k_at = places(k_base, first, k_n, lane)
+    v_at = places(v_base, first, v_n, lane)
     q_base = q + b * q_b.to(tl.int64) + g * GROUP * q_h.to(tl.int64) + row0 * q_n
     do_base = do + b * do_b.to(tl.int64) + g * GROUP * do_h.to(tl.int64) + row0 * do_n
     at = (b * heads + g * GROUP).to(tl.int64) * lse_n + row0
@@ -263,9 +284,9 @@ def key_kernel(
             if kind >= 0:
                 seen = seen & pattern_bits(patterns, kind, r0 % BQ + row, first % BK, lane, BQ, BK, True)
         acc_k, acc_v = key_step(
-            acc_k, acc_v, kt, vt, q_base + head * q_h, do_base + head * do_h, lse + at + head * lse_n,
-            delta + at + head * lse_n, r0, row, rows, q_n, do_n, column, seen, unit, scale, softcap,
-            DIM, True, True, SOFTCAP, PRECISION,
+            acc_k, acc_v, kt, vt, k_at, v_at, inside, q_base + head * q_h, do_base + head * do_h,
+            lse + at + head * lse_n, delta + at + head * lse_n, r0, row, rows, q_n, do_n, column, seen, unit,
+            scale, softcap, DIM, True, True, SOFTCAP, PRECISION,
         )  # fmt: skip
     if not RANGES:
         ahead = tl.load(columns + begin + edge // parts, mask=clean > 0, other=0)
@@ -285,9 +306,9 @@ def key_kernel(
             if kind >= 0:
                 seen = pattern_bits(patterns, kind, r0 % BQ + row, first % BK, lane, BQ, BK, True)
         acc_k, acc_v = key_step(
-            acc_k, acc_v, kt, vt, q_base + head * q_h, do_base + head * do_h, lse + at + head * lse_n,
-            delta + at + head * lse_n, r0, row, rows, q_n, do_n, column, seen, unit, scale, softcap,
-            DIM, kinds is not None, not RANGES, SOFTCAP, PRECISION,
+            acc_k, acc_v, kt, vt, k_at, v_at, inside, q_base + head * q_h, do_base + head * do_h,
+            lse + at + head * lse_n, delta + at + head * lse_n, r0, row, rows, q_n, do_n, column, seen, unit,
+            scale, softcap, DIM, kinds is not None, not RANGES, SOFTCAP, PRECISION,
         )  # fmt: skip
 
     acc_k = tl.where(inside[:, None], acc_k * scale, 0.0)

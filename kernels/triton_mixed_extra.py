@@ -16,7 +16,7 @@ from .triton_mixed_host import dot_precision, limits, sizes_of, strides
 from .triton_mixed_masks import beyond
 from .triton_mixed_shapes import half_of, key_tile, padded
 from .triton_mixed_steps import key_step
-from .triton_mixed_tiles import FAR, HOLE, LOG2E, alive_tile, window_of
+from .triton_mixed_tiles import FAR, HOLE, LOG2E, alive_tile, places, window_of
 
 SPAN = 512  # rows of one program of `extra_kernel`
 
@@ -41,8 +41,12 @@ def extra_kernel(
     w = window_of(window, g)
     at = tl.load(extra_at + place * extras + e + slot, mask=e + slot < extras, other=HOLE)
     real = at != HOLE
-    kt = alive_tile(extra_k + b * ek_b.to(tl.int64) + g * ek_h.to(tl.int64), e, ek_n, slot, column, real, DIM)
-    vt = alive_tile(extra_v + b * ev_b.to(tl.int64) + g * ev_h.to(tl.int64), e, ev_n, slot, column, real, DIM)
+    ek_base = extra_k + b * ek_b.to(tl.int64) + g * ek_h.to(tl.int64)
+    ev_base = extra_v + b * ev_b.to(tl.int64) + g * ev_h.to(tl.int64)
+    kt = alive_tile(ek_base, e, ek_n, slot, column, real, DIM)
+    vt = alive_tile(ev_base, e, ev_n, slot, column, real, DIM)
+    k_at = places(ek_base, e, ek_n, slot)
+    v_at = places(ev_base, e, ev_n, slot)
     unit = scale * LOG2E
     if SOFTCAP:
         unit = unit * 0.0 + LOG2E
@@ -60,8 +64,8 @@ def extra_kernel(
         do_base = do + b * do_b.to(tl.int64) + h * do_h
         line = (b * groups * GROUP + h) * lse_n
         acc_k, acc_v = key_step(
-            acc_k, acc_v, kt, vt, q_base, do_base, lse + line, delta + line, r0, row, rows, q_n, do_n, column, seen,
-            unit, scale, softcap, DIM, True, True, SOFTCAP, PRECISION,
+            acc_k, acc_v, kt, vt, k_at, v_at, real, q_base, do_base, lse + line, delta + line, r0, row, rows, q_n, do_n,
+            column, seen, unit, scale, softcap, DIM, True, True, SOFTCAP, PRECISION,
         )  # fmt: skip
     to = (split * tl.num_programs(2) + place).to(tl.int64) * extras + e
     to = to * DIM + (slot[:, None] * DIM + column[None, :])

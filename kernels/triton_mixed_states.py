@@ -254,13 +254,14 @@ def sum_tiles(arch: str, half: bool, pad: int) -> SumTiles:
         if pad <= 64:  # larger ones do not compile for all of the chips
             return SumTiles(64, 64, 64, 4, 1 if arch == "gfx942" else 2)
         return SumTiles(32, 128, 128, 8, 1) if arch == "gfx942" else SumTiles(64, 128, 128, 8, 2)
-    return SumTiles(32, 64, 64, 4, 1)
+    return SumTiles(16, 64, 64, 8, 1)
 
 
 def gather_tiles(arch: str, half: bool, split: bool) -> SumTiles:
     """For `gather_kernel`: `tokens` are source blocks, `features` target blocks, `values` columns."""
     if half:
-        return SumTiles(64, 64, 64 if split else 128, 8 if split else 4, 1 if arch == "gfx942" else 2)
+        stages = 1 if arch == "gfx942" else 2
+        return SumTiles(32, 64, 64, 8, stages) if split else SumTiles(64, 64, 128, 4, stages)
     return SumTiles(16, 32, 64, 4, 1)
 
 

@@ -60,3 +60,27 @@ def alive_tile(base, first, stride, token, column, alive, COLUMNS: tl.constexpr)
 def softcapped(s, softcap):
     """softcap · tanh(s / softcap)"""
     return softcap * (1.0 - 2.0 / (tl.exp2(s * (2.0 * LOG2E / softcap)) + 1.0))
+
+
+@triton.jit
+def places(base, first, stride, token):
+    """Where tokens first + token begin, (tokens, 1)."""
+    return base + first * stride.to(tl.int64) + token[:, None] * stride
+
+
+@triton.jit
+def products(x, x_at, x_live, y, y_at, y_live, column, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
+    """x · yᵀ of two tiles. Without matrix units, that is in fp32, a thread needs whole rows of both, more than it has
+    registers: 64 columns at a time are read from where the live tokens lie, and x and y are not used at all."""
+    if PRECISION == "ieee":
+        part: tl.constexpr = 64 if column.shape[0] > 64 else column.shape[0]
+        lane = tl.arange(0, part)
+        s = tl.zeros((x_at.shape[0], y_at.shape[0]), tl.float32)
+        for c in range(0, COLUMNS, part):
+            live = (c + lane < COLUMNS)[None, :]
+            x_part = tl.load(x_at + (c + lane)[None, :], mask=x_live[:, None] & live, other=0.0)
+            y_part = tl.load(y_at + (c + lane)[None, :], mask=y_live[:, None] & live, other=0.0)
+            s = tl.dot(x_part, tl.trans(y_part), s, input_precision=PRECISION)
+    else:
+        s = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    return s

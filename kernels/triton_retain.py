@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import Retain
-from .triton_common import Variant, architecture
+from .triton_common import Variant, architecture, widest
 from .triton_linear_host import describe, registers
 
 
@@ -350,21 +350,16 @@ def _empty(p: Retain) -> tuple[Tensor, ...]:
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """Every tile; all sizes of the memory are arguments."""
-    for name in ("bf16", "fp16", "fp32"):
+    """Every tile, for the widest head that takes it; all sizes of the memory are arguments. bf16 stands for fp16."""
+    for name, wide in (("bf16", False), ("fp32", True)):
         kinds = {**dict.fromkeys(("q", "k", "v", "o"), f"*{name}"), "scale": "fp32", "cap": "fp32", "sink": "*fp32"}
         kinds |= dict.fromkeys(("lse", "score", "list_score", "ring_score", "kept_score"), "*fp32")
         kinds |= dict.fromkeys(
             ("rows_of", "seen_of", "count_of", "list_at", "list_index", "ring_at", "kept_at"), "*i32"
         )
         kinds |= dict.fromkeys(("ring_k", "ring_v", "kept_k", "kept_v", "sink_k", "sink_v"), f"*{name}")
-        for bd, rows in ((x, r) for x in (32, 64, 128, 256) for r in (1, 64)):
-            bm, bn, warps = tiles(arch, bd, name == "fp32", rows)
-            if rows == 64 and tiles(arch, bd, name == "fp32", 1) == (bm, bn, warps):
-                continue
-            constants: dict[str, Any] = {
-                "BM": bm, "BN": bn, "BD": bd, "BR": 32, "SINK": True, "PRECISION": "ieee",
-            }  # fmt: skip
+        chosen = widest(lambda dim, wide=wide: [tiles(arch, dim, wide, rows) for rows in (1, 64)], (32, 64, 128, 256))
+        for bd, (bm, bn, warps) in chosen:
+            constants: dict[str, Any] = {"BM": bm, "BN": bn, "BD": bd, "BR": 32, "SINK": True, "PRECISION": "ieee"}
             yield describe(f"retain walk {name} {bd}, tile {bm}", _walk, kinds, constants, warps, 1, registers(arch))
-        for bd in (32, 64, 128, 256):
-            yield describe(f"retain memory {name} {bd}", _remember, kinds, {"BN": 32, "BD": bd}, 4, 3)
+        yield describe(f"retain memory {name} 256", _remember, kinds, {"BN": 32, "BD": 256}, 4, 3)

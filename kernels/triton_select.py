@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import Blocks, Pooled
-from .triton_common import Variant
+from .triton_common import Variant, widest
 from .triton_linear_host import describe
 
 MOST = 8192  # key blocks of a row
@@ -169,16 +169,15 @@ def refuses(p: Pooled) -> str | None:
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """Every width of a row and of a head. GROUP is a loop bound: 2 stands for all."""
-    for name, bd in ((n, d) for n in ("bf16", "fp16", "fp32") for d in (16, 32, 64, 128, 256)):
-        constants: dict[str, Any] = {"GROUP": 2, "BM": 32, "BD": bd}
-        yield describe(f"select means {name} {bd}", _means, {"x": f"*{name}", "out": "*fp32"}, constants, 4, 3)
-    width = 16
-    while width <= MOST:
-        for mass in (False, True):
-            kinds = {"scores": "*fp32", "chosen": "*i8", "mass": "fp32"}
-            label = f"select choose {width}{' mass' * mass}"
-            yield describe(label, _choose, kinds, {"BK": width, "MASS": mass}, _warps(width), 3)
-        width *= 2
-    kinds = {"chosen": "*i8", "starts": "*i32", "columns": "*i32"}
+    """The widest head, and the widest row for each number of warps; shares of the mass need more than counts.
+
+    GROUP is a loop bound: 2 stands for all.
+    """
+    for name in ("bf16", "fp32"):
+        constants: dict[str, Any] = {"GROUP": 2, "BM": 32, "BD": 256}
+        yield describe(f"select means {name} 256", _means, {"x": f"*{name}", "out": "*fp32"}, constants, 4, 3)
+    kinds = {"scores": "*fp32", "chosen": "*i8", "mass": "fp32", "starts": "*i32", "columns": "*i32"}
+    widths = tuple(2**n for n in range(4, MOST.bit_length()))
+    for width, warps in widest(lambda width: [_warps(width)], widths):
+        yield describe(f"select choose {width}", _choose, kinds, {"BK": width, "MASS": True}, warps, 3)
     yield describe("select list", _list, kinds, {"BN": 128}, 1, 3)

@@ -19,6 +19,11 @@ struct Emulated512bh {
     uint16_t x[32];
     Emulated512bh() = default;
     explicit Emulated512bh(const Emulated512i& y) { std::memcpy(x, y.x, sizeof x); }
+    explicit operator Emulated512i() const {
+        Emulated512i y;
+        std::memcpy(y.x, x, sizeof x);
+        return y;
+    }
 };
 struct Emulated256bh {
     uint16_t x[16];
@@ -69,6 +74,9 @@ EMULATE(Emulated512, emulated_max_ps)(Emulated512 a, Emulated512 b) {
 EMULATE(Emulated512, emulated_min_ps)(Emulated512 a, Emulated512 b) {
     return emulated_each([&](int i) { return a.x[i] < b.x[i] ? a.x[i] : b.x[i]; });
 }
+EMULATE(Emulated512, emulated_scalef_ps)(Emulated512 a, Emulated512 b) {
+    return emulated_each([&](int i) { return static_cast<float>(a.x[i] * std::exp2(std::floor(double{b.x[i]}))); });
+}
 EMULATE(__m256, emulated_castps512_ps256)(Emulated512 a) { return _mm256_loadu_ps(a.x); }
 EMULATE(__m256, emulated_extractf32x8_ps)(Emulated512 a, int half) { return _mm256_loadu_ps(a.x + 8 * half); }
 EMULATE(float, emulated_reduce_add_ps)(Emulated512 a) {
@@ -114,6 +122,10 @@ EMULATE(Emulated512i, emulated_add_epi32)(Emulated512i a, Emulated512i b) {
     for (int i = 0; i < 16; i++) a.x[i] += b.x[i];
     return a;
 }
+EMULATE(Emulated512i, emulated_sub_epi32)(Emulated512i a, Emulated512i b) {
+    for (int i = 0; i < 16; i++) a.x[i] -= b.x[i];
+    return a;
+}
 EMULATE(Emulated512i, emulated_slli_epi32)(Emulated512i a, unsigned n) {
     for (uint32_t& x : a.x) x = n < 32 ? x << n : 0;
     return a;
@@ -148,6 +160,27 @@ EMULATE(Emulated256bh, emulated_cvtneps_pbh)(Emulated512 a) {
     return y;
 }
 
+EMULATE(Emulated512bh, emulated_cvtne2ps_pbh)(Emulated512 high, Emulated512 low) {
+    const Emulated256bh a = emulated_cvtneps_pbh(low), b = emulated_cvtneps_pbh(high);
+    Emulated512bh y;
+    std::memcpy(y.x, a.x, sizeof a.x);
+    std::memcpy(y.x + 16, b.x, sizeof b.x);
+    return y;
+}
+EMULATE(Emulated512i, emulated_loadu_si512)(const void* p) {
+    Emulated512i y;
+    std::memcpy(y.x, p, sizeof y.x);
+    return y;
+}
+EMULATE(Emulated512i, emulated_permutexvar_epi16)(Emulated512i at, Emulated512i a) {
+    uint16_t from[32], to[32], n[32];
+    std::memcpy(from, a.x, sizeof from);
+    std::memcpy(n, at.x, sizeof n);
+    for (int i = 0; i < 32; i++) to[i] = from[n[i] % 32];
+    std::memcpy(a.x, to, sizeof to);
+    return a;
+}
+
 #define __m512 Emulated512
 #define __m512i Emulated512i
 #define __m512bh Emulated512bh
@@ -163,6 +196,7 @@ EMULATE(Emulated256bh, emulated_cvtneps_pbh)(Emulated512 a) {
 #define _mm512_fmadd_ps emulated_fmadd_ps
 #define _mm512_max_ps emulated_max_ps
 #define _mm512_min_ps emulated_min_ps
+#define _mm512_scalef_ps emulated_scalef_ps
 #define _mm512_castps512_ps256 emulated_castps512_ps256
 #undef _mm512_extractf32x8_ps
 #define _mm512_extractf32x8_ps emulated_extractf32x8_ps
@@ -176,7 +210,11 @@ EMULATE(Emulated256bh, emulated_cvtneps_pbh)(Emulated512 a) {
 #define _mm512_castsi512_ps emulated_castsi512_ps
 #define _mm512_set1_epi32 emulated_set1_epi32
 #define _mm512_add_epi32 emulated_add_epi32
+#define _mm512_sub_epi32 emulated_sub_epi32
 #undef _mm512_slli_epi32
 #define _mm512_slli_epi32 emulated_slli_epi32
 #define _mm512_dpbf16_ps emulated_dpbf16_ps
 #define _mm512_cvtneps_pbh emulated_cvtneps_pbh
+#define _mm512_cvtne2ps_pbh emulated_cvtne2ps_pbh
+#define _mm512_loadu_si512 emulated_loadu_si512
+#define _mm512_permutexvar_epi16 emulated_permutexvar_epi16

@@ -1,6 +1,7 @@
 """The ahead-of-time gate: what ships compiles for every chip without spills, and aot.json is of today's kernels."""
 
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -8,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from attnconvert.kernels.problem import Blocks, Ranges, Softmax
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[1] / "docs" / "benchmarks" / "aot.py"
@@ -50,10 +54,52 @@ def test_every_kernel_file_lists_its_variants(aot, archs):
 
 
 def test_the_committed_table_is_of_the_kernels_as_they_stand(aot, archs):
-    want = {(r["arch"], r["hash"]) for r in aot.expected(archs)}
-    stale = [f"{r['kernel']} on {r['arch']}" for r in aot.load() if (r["arch"], r["hash"]) not in want]
-    message = f"{len(stale)} rows of aot.json are of older kernels, {stale[:3]} …: run python docs/benchmarks/aot.py"
-    assert not stale, message
+    want = {(r["arch"], r["hash"]): f"{r['kernel']} on {r['arch']}" for r in aot.expected(archs)}
+    have = {(r["arch"], r["hash"]): f"{r['kernel']} on {r['arch']}" for r in aot.load()}
+    old, new = ([x[key] for key in x if key not in y] for x, y in ((have, want), (want, have)))
+    told = "{} rows of aot.json are {}, {} …: run python docs/benchmarks/aot.py"
+    assert not old, told.format(len(old), "of older kernels", old[:3])
+    assert not new, told.format(len(new), "missing", new[:3])
+
+
+def softmax(rows, dim, dtype, where):
+    q = torch.empty(1, 1, rows, dim, dtype=dtype, device="meta")
+    return Softmax(q=q, k=q, v=q, scale=1.0, causal=True, where=where)
+
+
+def covers(v, tile, dim, own, walk, kind):
+    """Whether a compiled kernel has this tile, at as large a head and as long a step."""
+    c = v.constants
+    same = (c[own], v.warps, v.stages) == (tile.own, tile.warps, tile.stages)
+    return same and c["PAD"] >= dim and c[walk] >= tile.walk and v.signature["q"] == f"*{kind}"
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp32"])
+def test_every_tile_that_mixed_attention_launches_is_compiled(aot, archs, kind):
+    from attnconvert.kernels.triton_mixed_shapes import fitted, key_tile, padded, query_tile, tile_for
+
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    none = torch.zeros(1, 1, 1, dtype=torch.int32)
+    lists = [
+        Blocks(block=(m, n), starts=none, counts=none, columns=none)
+        for m, n in ((128, 128), (64, 64), (48, 96), (16, 32))
+    ]
+    ranges = Ranges(sizes=(1,), window=none)
+    for arch in archs:
+        known = {}
+        for v in aot.variants("triton_mixed_variants", arch):
+            known.setdefault(v.name.split("-")[1], []).append(v)
+        for dim, where, full in itertools.product((16, 64, 72, 128, 256), (ranges, *lists), (True, False)):
+            for rows in (1, 40, 500):
+                p = softmax(rows, dim, dtype, where)
+                t = tile_for(p, arch, full)
+                assert any(covers(v, t, dim, "BM", "BN", kind) for v in known["forward"]), (arch, dim, rows, where, t)
+                assert ranges is where or where.block[0] % t.own == 0, f"{t.own} rows, blocks of {where.block[0]}"
+            t = fitted(query_tile(arch, dtype != torch.float32, padded(dim)), p, 0)
+            assert any(covers(v, t, dim, "BM", "BN", kind) for v in known["query"]), (arch, dim, where, t)
+            t = fitted(key_tile(arch, dtype != torch.float32, padded(dim), full, isinstance(where, Blocks)), p, 1)
+            assert any(covers(v, t, dim, "BN", "BM", kind) for v in known["key"]), (arch, dim, where, t)
+            assert ranges is where or where.block[1] % t.own == 0, f"{t.own} keys, blocks of {where.block[1]}"
 
 
 def test_nothing_in_the_committed_table_spills_or_is_too_large(aot):

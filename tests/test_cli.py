@@ -269,7 +269,7 @@ class Stop:
 
 
 INSIDE = {
-    "profile": ("attnconvert.convert.profiling._damage_of_case", 1),
+    "profile": ("attnconvert.convert.damage._damage_of_case", 1),
     "select": ("attnconvert.pipeline.write_plan", 1),
     "sample": ("attnconvert.distill.samples._generate", 1),
     "distill": ("attnconvert.distill.loop.Trainer._save", 2),
@@ -307,7 +307,7 @@ def test_sigterm_ends_a_run_in_order(
 ) -> None:
     from attnconvert import pipeline
 
-    monkeypatch.setattr(pipeline, "select", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(pipeline, "select", lambda *arguments, **settings: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     stopped = attnconvert("run", place / "recipe.yaml", "--out", tmp_path / "run")
     assert (stopped.code, stopped.message) == (143, "terminated; the same command continues")

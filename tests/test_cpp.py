@@ -222,60 +222,6 @@ def test_blocks_that_no_list_names_may_hold_nan(seed, level):
     assert torch.equal(backend.mixed_forward(dirty, None).o, backend.mixed_forward(p, None).o)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_linear_attention_and_its_gradients_are_the_definition(seed, level, causal):
-    for one in seeds(seed, 8):
-        rng = cases.generator(one)
-        heads, groups = cases.choose(rng, HEADS)
-        rows = cases.choose(rng, (63, 64, 65, 131))
-        p = cases.linear_case(
-            rng,
-            batch=2,
-            heads=heads,
-            groups=groups,
-            rows=rows,
-            keys=None if causal else 77,
-            features=cases.choose(rng, (16, 30, 64, 256)),
-            dim=cases.choose(rng, DIMS),
-            dtype=cases.choose(rng, cases.LOW),
-            causal=causal,
-            normalize=bool(cases.randint(rng, 0, 1)),
-            state=bool(cases.randint(rng, 0, 1)),
-            varlen=cases.choose(rng, (None, None, [(40, 40), (0, 0), (70, 70)])),
-            views=bool(cases.randint(rng, 0, 1)),
-        )
-        got, exact, plain = (
-            backend.linear_forward(p),
-            cases.linear_reference(cases.double(p)),
-            cases.linear_reference(p),
-        )
-        for name, x, y, z in zip(("o", "den", "state"), got, exact, plain, strict=True):
-            if y is None:
-                assert x is None
-            else:
-                cases.assert_close(x, y, z, name=name, dtype=p.v.dtype)
-        do = cases.normal(rng, *got[0].shape, dtype=p.v.dtype)
-        exact, plain = cases.linear_gradients(cases.double(p), do.double()), cases.linear_gradients(p, do)
-        for name, x in zip(("fq", "fk", "v"), backend.linear_backward(p, *got[:2], do), strict=True):
-            cases.assert_close(x, exact[name], plain[name], name=f"d{name}")
-
-
-def test_a_state_may_be_split_anywhere(seed, level):
-    rng = cases.generator(seed)
-    p = cases.linear_case(rng, rows=150, dim=40, features=24, causal=True)
-    o, den, state = backend.linear_forward(p)
-    for cut in (1, 64, 77, 149):
-        first, second = (
-            dataclasses.replace(p, fq=p.fq[:, :, s], fk=p.fk[:, :, s], v=p.v[:, :, s])
-            for s in (slice(0, cut), slice(cut, None))
-        )
-        a, b, held = backend.linear_forward(first)
-        c, d, end = backend.linear_forward(dataclasses.replace(second, state=held))
-        torch.testing.assert_close(torch.cat([a, c], 2), o, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(torch.cat([b, d], 2), den, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(end, state, rtol=1e-4, atol=1e-5)
-
-
 def test_a_window_and_its_branch_may_be_split_anywhere(seed, level):
     rng = cases.generator(seed)
     p = cases.softmax_case(rng, rows=150, dim=40, where=(20, 33))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from models import tiny
 
-from attnconvert.convert import profiling
+from attnconvert.convert import damage as damage_module
 from attnconvert.convert.files import read_json
 from attnconvert.convert.hosts.models import find_sites
 from attnconvert.convert.hosts.transformers import Conversion
@@ -79,7 +79,7 @@ def test_damage_is_that_of_replacing_this_group_alone(tmp_path):
 
 def test_an_interrupted_profile_goes_on_where_it_stopped(tmp_path, monkeypatch):
     model, done = tiny("llama"), []
-    real = profiling._damage_of_case
+    real = damage_module._damage_of_case
 
     def stop_at_second(*args):
         if done:
@@ -87,13 +87,13 @@ def test_an_interrupted_profile_goes_on_where_it_stopped(tmp_path, monkeypatch):
         done.append(args)
         return real(*args)
 
-    monkeypatch.setattr(profiling, "_damage_of_case", stop_at_second)
+    monkeypatch.setattr(damage_module, "_damage_of_case", stop_at_second)
     with pytest.raises(KeyboardInterrupt):
         measure(model, tmp_path)
     assert [p.name for p in sorted(tmp_path.glob("damage-*"))] == ["damage-000.json"]
     assert not any("attnconvert" in name for name, _ in model.named_modules()), "the model is left as it was"
     calls = []
-    monkeypatch.setattr(profiling, "_damage_of_case", lambda *args: calls.append(args) or real(*args))
+    monkeypatch.setattr(damage_module, "_damage_of_case", lambda *args: calls.append(args) or real(*args))
     resumed = measure(model, tmp_path)
     assert len(calls) == 1
     monkeypatch.undo()

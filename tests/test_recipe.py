@@ -152,7 +152,7 @@ r.yaml:19:3: select.groups: must be at most 1, not 1.5
 r.yaml:21:29: select.explicit.4-6.size: size must be a whole number of at least 1, not -1
 r.yaml:22:5: select.explicit.5: layer 5 is given twice
 r.yaml:23:5: select.explicit.x: must be a layer (12), a range (11-17), or several with commas, not 'x'
-r.yaml:26:14: compare.0.select.method: must be one of damage, uniform, random, explicit, not 'radnom'; did you mean 'random'?
+r.yaml:26:14: compare.0.select.method: must be one of damage, first_order, output_error, moa, uniform, interleaved, random, greedy, mass, duo, linvideo, restore, explicit, not 'radnom'; did you mean 'random'?
 r.yaml:26:30: compare.0.select.groups: must be a number, not true
 r.yaml:28:3: distill.lr: unknown key; did you mean 'distill.transfer.lr' or 'distill.lora.lr'?
 r.yaml:29:10: distill.lora.rank: must be at least 1, not 0
@@ -190,8 +190,33 @@ def test_problems_are_data_for_machines() -> None:
         ("evaluate: {batch: true}", "6:12: evaluate.batch: must be a whole number, not true"),
         ("distill: {lora: {gradient_checkpointing: yes}}", "must be true or false, not 'yes'"),
         ("distill: {lora: {clip: .inf}}", "must be a number, not '.inf'"),
-        ("select: {}", "6:1: select: give exactly one of groups, layers, kv_bytes; given: none"),
-        ("select: {groups: 0.5, kv_bytes: 0.5}", "given: groups, kv_bytes"),
+        ("select: {}", "6:1: select: give exactly one of groups, layers, budgets, keep_quality; given: none"),
+        ("select: {groups: 0.5, budgets: {kv_bytes: {64: 50%}}}", "given: groups, budgets"),
+        ("select: {kv_bytes: 0.5}", "6:10: select.kv_bytes: unknown key"),
+        ("select: {budgets: {kv_byte: {64: 1}}}", "6:20: select.budgets.kv_byte: no such resource; did you mean 'kv_b"),
+        ("select: {budgets: {flops: 3}}", '6:20: select.budgets.flops: must say at which length, e.g. {8192: "40%"}'),
+        (
+            "select: {budgets: {flops: {64: 0%}}}",
+            '6:28: select.budgets.flops.64: must be above "0%" and at most "100%"',
+        ),
+        ("select: {budgets: {flops: {64: 140%}}}", '6:28: select.budgets.flops.64: must be above "0%" and at most'),
+        (
+            "select: {budgets: {flops: {64: half}}}",
+            "6:28: select.budgets.flops.64: must be a number (ms, FLOPs, bytes)",
+        ),
+        ("select: {budgets: {flops: {64: -1}}}", "6:28: select.budgets.flops.64: must be above 0, not -1"),
+        ("select: {budgets: {flops: {4: 1}}}", "6:28: select.budgets.flops.4: must be a length of at least 8 tokens"),
+        ("select: {budgets: {}}", "6:10: select.budgets: must map resources to amounts by length"),
+        ("select: {keep_quality: 0.1, groups: 1}", "6:29: select.groups: has no meaning with keep_quality"),
+        ("select: {keep_quality: 0.1, rounds: 1}", "6:29: select.rounds: has no meaning with keep_quality"),
+        ("select: {keep_quality: 0.1, method: duo}", "6:10: select.keep_quality: needs a method that predicts losses"),
+        ("select: {groups: 1, share: [[4]]}", "6:29: select.share.0: must name at least two layers"),
+        ("select: {groups: 1, share: [[4, 5], [5, 6]]}", "6:38: select.share.1.0: layer 5 is listed twice"),
+        ("select: {method: explicit, explicit: {1: {operator: full}}, protect: [1]}", "select.protect: has no meaning"),
+        (
+            "profile: {damage: false}\nselect: {method: greedy, groups: 1}",
+            "select.method is greedy, which must then be",
+        ),
         ("select: {layers: 3}", "6:10: select.layers: counts whole layers: set unit to layer"),
         ("select: {groups: 0.5, explicit: {1: {operator: full}}}", "select.explicit: is only for method explicit"),
         ("select: {method: explicit}", "6:1: select.explicit: is missing: say which layers"),
@@ -259,6 +284,24 @@ def test_layers_may_be_given_one_by_one_in_ranges_and_in_lists() -> None:
     assert parse_recipe(text, "r.yaml").select.explicit == {
         1: Window(), 2: Window(), 3: Window(), 5: Full(), 7: Window()
     }  # fmt: skip
+
+
+def test_budgets_are_amounts_or_shares_of_several_resources_at_several_lengths() -> None:
+    text = SMALL + 'select: {budgets: {decode_ms: {1024: 12.5, 8192: "40%"}, kv_bytes: {8192: 1e6}}, protect: [0]}\n'
+    recipe = parse_recipe(text, "r.yaml")
+    assert recipe.select.budgets == {"decode_ms": {1024: 12.5, 8192: "40%"}, "kv_bytes": {8192: 1e6}}
+    assert parse_recipe(dump_recipe(recipe), "again") == recipe
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    assert parse_recipe(SMALL, "r.yaml", ["select={}", "select.budgets.kv_bytes.8192=40%"]).select.budgets == {
+        "kv_bytes": {8192: "40%"}
+    }
+
+
+def test_a_list_of_resources_is_kept_in_one_place() -> None:
+    from attnconvert.convert.costs import RESOURCES as MEASURED
+    from attnconvert.convert.recipe_fields import RESOURCES
+
+    assert RESOURCES == MEASURED
 
 
 def test_defaults_make_a_short_recipe_complete() -> None:
@@ -394,3 +437,9 @@ def test_reading_recipes_imports_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_list_that_is_too_short_is_told_even_where_its_items_are_right() -> None:
+    text = SMALL + "select: {groups: 0.5, share: [[4]]}\n"
+    with pytest.raises(RecipeError, match="select.share"):
+        parse_recipe(text, "r.yaml")

@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 from attnconvert.convert import files
 from attnconvert.convert.errors import UsageError
-from attnconvert.convert.headmaps import operator_colours
+from attnconvert.convert.headmaps import Thumbnail, operator_colours
 from attnconvert.convert.keys import STAGES
 from attnconvert.convert.plots import loss_curves
 from attnconvert.convert.recipe import parse_recipe
 from attnconvert.convert.report import write_report
 from attnconvert.convert.report_comparison import conclusions
 from attnconvert.convert.report_html import duration, number, percent, ratio, size
+from attnconvert.convert.report_selection import spearman, thumbnail
 from attnconvert.convert.runs import Run
+from attnconvert.kernels.spec import Full, Hybrid, Linear, Retention, Window
 
 RECIPE = """
 name: tiny
@@ -205,7 +209,9 @@ def test_the_report_loads_nothing_and_keeps_its_plots_as_files(tmp_path: Path) -
         else:
             assert entry.read_bytes().startswith(b"\x89PNG")
     identifiers = re.findall(r'\bid="([^"]+)"', text)
-    assert len({name for name in identifiers if "figure" in name}) == 3  # each plot's ids are its own
+    drawn = {"loss", "tradeoff", "times", "predictors-window-128-4"}
+    assert {f"{name}-figure_1" for name in drawn} == {name for name in identifiers if "figure" in name}
+    assert len(identifiers) == len(set(identifiers))  # each plot's ids are its own
 
 
 def test_hovering_a_group_tells_its_damage_and_the_reason(tmp_path: Path) -> None:
@@ -258,6 +264,214 @@ def test_the_steps_of_a_resumed_phase_count_once(tmp_path: Path) -> None:
 
 def test_a_log_without_a_loss_has_no_plot() -> None:
     assert loss_curves({"student": [{"phase": "lora", "step": 1}]}) is None
+
+
+# --- the selection ----------------------------------------------------------------------------------------------------
+
+
+def rich_profile() -> dict[str, Any]:
+    """Everything that a profile of format 2 has; head 1 of layer 2 is constant."""
+    heads = [[0.01 * 2.0 ** (layer + head) for head in range(HEADS)] for layer in range(LAYERS)]
+    holed: list[list[float | None]] = [list(row) for row in heads]
+    holed[2][1] = None
+    kl = [[sum(row[:2]), sum(row[2:])] for row in heads]
+    return profile() | {
+        "schema": 2,
+        "statistics": {"retrieval": holed, "entropy": holed, "sink_mass": heads, "density_90": holed},
+        "output_error": {"window-128-4": holed},
+        "mass_lost": {"window-128-4": [[1 - x for x in row] for row in heads]},
+        "first_order": {"window-128-4": heads},
+        "damage": {"window-128-4": {"kl": kl, "needle": [[-0.001, 0.3]] * LAYERS}},
+        "curves": {
+            "block": 64,
+            "fractions": [0.125, 0.25, 0.5],
+            "recall": [[[0.1 + 0.2 * head, 0.5, 0.95] for head in range(HEADS)] for _ in range(LAYERS)],
+        },
+        "similarity": [[1.0 if a == b else 0.9 - 0.1 * abs(a - b) for b in range(LAYERS)] for a in range(LAYERS)],
+        "problems": ["L2H1 gives the same output for every token"],
+    }
+
+
+def front_document() -> dict[str, Any]:
+    def at(cost: float, loss: float) -> dict[str, float]:
+        return {"budget": cost, "cost": cost, "loss": loss, "converted": 1 - cost}
+
+    return {
+        "resource": "kv_bytes",
+        "length": 8192,
+        "method": "damage",
+        "needle_weight": 2.0,
+        "front": [at(0.2, 0.5), at(0.6, 0.1), at(0.9, 0.0)],
+        "others": {"uniform": [at(0.2, 4.0)], "random": [at(0.2, 3.0), at(0.2, 5.0)]},
+        "left_out": {"duo": "method duo needs <gates>"},
+        "chosen": {"student": at(0.4, 0.2)},
+    }
+
+
+def rich_run(folder: Path, **student: Any) -> Run:
+    """A run that has selected with budgets, refinement and a front."""
+    run = run_until(folder, "select")
+    round0 = {"round": 0, "scores": "single damages", "loss": 0.3, "kl": 0.2, "needle": 0.05, "predicted": 0.2}
+    round1 = round0 | {"round": 1, "scores": "around the plan", "loss": 0.25, "predicted": 0.24}
+    budget = {"resource": "kv_bytes", "length": 8192, "limit": 430.0, "used": 420.0, "original": 1000.0}
+    chosen = {
+        "method": "damage",
+        "predicted": {"kl": 0.1, "needle": 0.05},
+        "measured": {"kl": 0.15, "needle": -0.01},
+        "costs": {"kv_bytes at 8,192 tokens": budget},
+        "loss": 0.2,
+        "bound": 0.1994,
+        "gap": 0.003,
+        "how": "integer program, solved by HiGHS",
+        "seconds": 0.5,
+        "refinement": [round0 | {"kept": True}, round1 | {"kept": False, "note": "the same plan"}],
+    } | student
+    files.write_json(folder / "profile" / "profile.json", rich_profile())
+    files.write_json(folder / "select" / "select.json", {"arms": {"student": chosen}})
+    files.write_json(folder / "select" / "front.json", front_document())
+    return run
+
+
+def words_of(path: Path) -> str:
+    return re.sub(r"\s+", " ", read(path).words)
+
+
+def test_the_budgets_and_the_bound_are_told_in_words(tmp_path: Path) -> None:
+    words = words_of(write_report(rich_run(tmp_path).path))
+    assert "KV cache at 8,192 tokens 430 B 43.0 % 420 B 42.0 % 1000 B" in words
+    assert "its groups lose 0.200 one by one, and no plan has less than 0.199: this one is within 0.30 % of" in words
+    assert "0.100 0.0500 0.150 \u22120.0100 not yet" in words  # predicted, then measured together
+
+
+@pytest.mark.parametrize(
+    ("student", "expected"),
+    [
+        ({"gap": 0.0}, "one by one, and no plan has less ("),
+        ({"gap": 5e-5}, "this one is within less than 0.01 % of that"),
+        ({"bound": None, "gap": 0.02}, "the cheapest plan of its predicted loss, 0.200: no plan takes 2.0 % less"),
+    ],
+)
+def test_a_proof_is_told_as_what_it_is(tmp_path: Path, student: dict[str, Any], expected: str) -> None:
+    assert expected in words_of(write_report(rich_run(tmp_path, **student).path))
+
+
+def test_the_front_shows_every_selector_and_the_plan(tmp_path: Path) -> None:
+    path = write_report(rich_run(tmp_path).path)
+    picture = (tmp_path / "report" / "front.svg").read_text(encoding="utf-8")
+    for name in ("measured damage, integer program", "uniform", "random, several seeds", "student"):
+        assert f">{name}<" in picture
+    assert "KV cache at 8,192 tokens, % of the original&#x27;s" in picture or "original's" in picture
+    assert "sum over groups: KL + 2 × needle loss" in picture
+    assert ">the same, measured whole<" in picture
+    words = words_of(path)
+    assert "DuoAttention's gates (method duo needs <gates>)" in words
+    assert "random, several seeds 4.00" in words  # the mean of its plans
+
+
+def test_a_damaged_front_is_left_out(tmp_path: Path) -> None:
+    run = rich_run(tmp_path)
+    (tmp_path / "select" / "front.json").write_text('{"front": [')
+    page = read(write_report(run.path))
+    assert "How good the choice is" in page.sections  # by its refinement
+    assert not (tmp_path / "report" / "front.svg").exists()
+
+
+def test_refinement_is_told_round_by_round(tmp_path: Path) -> None:
+    words = words_of(write_report(rich_run(tmp_path).path))
+    assert "0: single damages 0.200 0.300 0.200 0.0500 kept" in words
+    assert "1: around the plan 0.240 0.250 0.200 0.0500 the same plan" in words
+    assert (tmp_path / "report" / "refinement.png").exists()
+
+
+def test_heads_without_values_are_named_and_hatched(tmp_path: Path) -> None:
+    path = write_report(rich_run(tmp_path).path)
+    assert "1 head was not measured." in words_of(path)
+    assert "L2H1 gives the same output for every token" in words_of(path)
+    hatched = "layer 2, head 1: – (constant, or does not apply)"
+    assert sum(title == hatched for title in read(path).titles) == 3  # retrieval, density, error
+    picture = (tmp_path / "report" / "density-90.svg").read_text(encoding="utf-8")
+    assert ">no value<" in picture
+    assert ">no value<" not in (tmp_path / "report" / "first-order-window-128-4.svg").read_text(encoding="utf-8")
+
+
+def test_scores_are_held_against_damage_with_their_rank_correlation(tmp_path: Path) -> None:
+    path = write_report(rich_run(tmp_path).path)
+    picture = (tmp_path / "report" / "predictors-window-128-4.svg").read_text(encoding="utf-8")
+    assert "first-order effect, ρ = 1.00" in picture
+    assert "mass lost, ρ = \u22121.00" in picture
+    assert "first-order effect → KL 1.00" in words_of(path)
+    assert "retrieval score ≥ 0.1" in picture
+
+
+@pytest.mark.parametrize("values", [[3.0, 1.0, 2.0, 2.0, 7.0], [0.0, 0.0, 1.0, 5.0, 5.0]])
+def test_rank_correlation_is_that_of_scipy(values: list[float]) -> None:
+    other = [1.0, 1.0, 4.0, 3.0, 9.0]
+    assert spearman(values, other) == pytest.approx(spearmanr(values, other).statistic)
+    assert spearman(values, [2.0] * 5) is None
+
+
+def test_recall_curves_name_the_extreme_heads(tmp_path: Path) -> None:
+    write_report(rich_run(tmp_path).path)
+    picture = (tmp_path / "report" / "recall.svg").read_text(encoding="utf-8")
+    assert ">full (8)<" in picture
+    assert ">window (8)<" in picture
+    assert ">L0H0<" in picture
+    assert ">L0H3<" in picture
+
+
+def test_layers_are_compared_once_for_every_pair(tmp_path: Path) -> None:
+    titles = read(write_report(rich_run(tmp_path).path)).titles
+    assert [title for title in titles if title.startswith("layers ")] == [
+        *("layers 0 and 1: 0.800", "layers 0 and 2: 0.700", "layers 1 and 2: 0.800"),
+        *("layers 0 and 3: 0.600", "layers 1 and 3: 0.700", "layers 2 and 3: 0.800"),
+    ]
+
+
+def places(runs: Any) -> set[tuple[int, int]]:
+    return {(row, column) for row, first, end in runs for column in range(first, end)}
+
+
+@pytest.mark.parametrize(
+    "spec", [Full(), Window(size=128, sinks=4), Window(size=40, sinks=0), Hybrid(window=64, sinks=4)]
+)
+def test_a_thumbnail_has_the_blocks_of_the_mask(spec: Any) -> None:
+    length, block = 512, 64
+    found = thumbnail("x", spec, length)
+    assert isinstance(found, Thumbnail)
+    i = np.arange(length)
+    distance = i[:, None] - i
+    near = getattr(spec, "size", getattr(spec, "window", length))
+    mask = (distance >= 0) & ((distance < near) | (i < getattr(spec, "sinks", 0)))
+    tiles = mask.reshape(length // block, block, length // block, block).transpose(0, 2, 1, 3)
+    full, some = tiles.all((2, 3)), tiles.any((2, 3))
+    assert places(found.full) == set(zip(*np.nonzero(full), strict=True))
+    assert places(found.partial) == set(zip(*np.nonzero(some & ~full), strict=True))
+    causal = {(row, column) for row in range(length // block) for column in range(row + 1)}
+    rest = causal - places(found.full) - places(found.partial) if isinstance(spec, Hybrid) else set()
+    assert places(found.rest) == rest
+    pairs = mask.sum() / (length * (length + 1) / 2)
+    assert f"{pairs:.0%}".replace("%", " %") in " ".join(found.words)
+
+
+def test_what_retention_and_linear_attention_keep_is_drawn_as_such() -> None:
+    kept = thumbnail("x", Retention(window=64, keep=16, sinks=4), 1024)
+    linear = thumbnail("x", Linear(), 1024)
+    assert kept is not None
+    assert linear is not None
+    for row in (3.0, 8.0, 15.5):
+        alive = [column for column, first, end in kept.strokes if first <= row < end]
+        assert len(alive) == 16
+        assert all(column * 64 + 64 <= row * 64 for column in alive)  # they have left the window
+    assert len(places(linear.rest)) == 16 * 17 // 2
+    assert not linear.full
+    assert not linear.partial
+
+
+def test_the_masks_of_the_plan_stand_in_the_page(tmp_path: Path) -> None:
+    words = words_of(write_report(rich_run(tmp_path).path))
+    assert "What the operators read" in words
+    assert "43 % of the blocks, 24 % of the pairs" in words
+    assert (tmp_path / "report" / "masks.svg").exists()
 
 
 # --- in words ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 // Mixed and linear attention, forward: packs each KV group once and shares its tiles of rows out over the threads.
 #include "branch.h"
+#include "scan.h"
 
 namespace attn {
 namespace {
@@ -267,8 +268,18 @@ class Forward {
 
 EXPORT int attnconvert_forward(const attn::Args* a, int64_t size) try {
     if (size != sizeof *a) return 2;
+    if (!a->softmax) {
 #if defined(ATTNCONVERT_AVX512)
-    if (a->softmax && a->q.dtype == attn::BFLOAT16) {
+        if (a->fq.dtype == attn::BFLOAT16 && a->fk.dtype == attn::BFLOAT16 && a->v.dtype == attn::BFLOAT16) {
+            attn::Scan<attn::Pairs>(*a).run();
+            return 0;
+        }
+#endif
+        attn::Scan<attn::Floats>(*a).run();
+        return 0;
+    }
+#if defined(ATTNCONVERT_AVX512)
+    if (a->q.dtype == attn::BFLOAT16) {
         attn::Forward(*a, 2).run<attn::Pairs>();
         return 0;
     }

@@ -72,8 +72,14 @@ INLINE bool nothing(const float* x, int64_t n) {
     return !some;
 }
 
-// Packs chunk c and sums it up into slot c + 1. An entry whose features or value are all 0 counts as absent, whatever
-// the other holds: keys of padding have features 0 and may have any value.
+INLINE bool finite(const float* x, int64_t n) {
+    float zeros = 0;
+    for (int64_t i = 0; i < n; i++) zeros += x[i] * 0.0f;
+    return zeros == 0;
+}
+
+// Packs chunk c and sums it up into slot c + 1. Keys of padding have features 0 and may have any value; rows that
+// nothing comes back from have values 0 and may have any features. A key whose value is 0 still counts in Σ φ.
 inline void sum_chunk(const Sums& x, int64_t c, float* work) {
     const int64_t from = c * x.chunk, to = std::min(from + x.chunk, x.n), F = up(x.F, 48), D = up(x.D, 48);
     float *phi = work + PACK_SCRATCH, *value = phi + x.chunk * F, *total = x.tail(x.slot(c + 1));
@@ -83,10 +89,8 @@ inline void sum_chunk(const Sums& x, int64_t c, float* work) {
         float *f = phi + (j - from) * F, *v = value + (j - from) * D;
         x.features(j, f);
         x.value(j, v);
-        if (nothing(f, x.F) || nothing(v, x.D)) {
-            std::memset(v, 0, x.D * 4);
-            if (!nothing(f, x.F)) std::memset(f, 0, x.F * 4);
-        }
+        if (nothing(f, x.F)) std::memset(v, 0, x.D * 4);
+        else if (nothing(v, x.D) && !finite(f, x.F)) std::memset(f, 0, x.F * 4);
         add_to(total, f, up(x.F, W));
     }
     const int64_t end = c + 1 == x.count ? x.fk.cols : from + x.chunk;

@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -108,9 +109,21 @@ struct Floats {
     static INLINE V broadcast(const float* p) { return set(*p); }
     static INLINE V step(V a, V b, V c) { return fma(a, b, c); }
     static INLINE void put(float* row, int64_t i, V x) { store(row + i, x); }
+    static INLINE V power(V x) { return exp2(x); }
+    static INLINE V ones() { return set(1.0f); }
+    static INLINE void narrow(float* to, V x, V) { store(to, x); }
+    static INLINE void split(float* to, const float* x, int64_t n) { std::memcpy(to, x, n * 4); }
+    static INLINE V along(const float* a, const float* b, int64_t n) {
+        V total = zero();
+        for (int64_t i = 0; i < n; i += W) total = step(load(a + i), load(b + i), total);
+        return total;
+    }
 };
 
 #if defined(ATTNCONVERT_AVX512)
+constexpr uint16_t IN_TURN[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
 struct Pairs {
     static constexpr int PER = 2;
     static INLINE V broadcast(const float* p) {
@@ -124,6 +137,36 @@ struct Pairs {
     static INLINE void put(float* row, int64_t i, V x) {  // may overwrite the row that x was read from
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<uint16_t*>(row) + i),
                             (__m256i)_mm512_cvtneps_pbh(x));
+    }
+    static INLINE V power(V x) { return exp2_short(x); }
+    static INLINE V ones() { return _mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80)); }
+    static INLINE __m512i both(V x, V y) {  // their numbers in turn
+        return _mm512_permutexvar_epi16(_mm512_loadu_si512(IN_TURN), (__m512i)_mm512_cvtne2ps_pbh(y, x));
+    }
+    static INLINE void narrow(float* to, V x, V y) { store(to, _mm512_castsi512_ps(both(x, y))); }
+    // 2n numbers as n units and, behind them, what their rounding lost
+    static INLINE void split(float* to, const float* x, int64_t n) {
+        for (int64_t i = 0; i < 2 * n; i += W) {
+            put(to, i, load(x + i));
+            float lost[W];
+            for (int64_t e = 0; e < W; e++) {
+                uint16_t half;
+                std::memcpy(&half, reinterpret_cast<uint16_t*>(to) + i + e, 2);
+                const uint32_t bits = static_cast<uint32_t>(half) << 16;
+                float high;
+                std::memcpy(&high, &bits, 4);
+                lost[e] = x[i + e] - high;
+            }
+            put(to + n, i, load(lost));
+        }
+    }
+    static INLINE V along(const float* a, const float* b, int64_t n) {  // a row of units against what `split` made
+        V total = zero(), lost = zero();
+        for (int64_t i = 0; i < n; i += W) {
+            total = step(load(a + i), load(b + i), total);
+            lost = step(load(a + i), load(b + n + i), lost);
+        }
+        return add(total, lost);
     }
 };
 #endif
@@ -253,28 +296,43 @@ void pack_columns(const Rows& x, const Panels& out, int64_t from, int64_t to, fl
     }
 }
 
+// Two rows of 16-bit numbers side by side: n units, multiples of 16.
+INLINE void interleave(const uint16_t* a, const uint16_t* b, float* to, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) {
+        const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + i));
+        const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + i));
+        const __m256i low = _mm256_unpacklo_epi16(x, y), high = _mm256_unpackhi_epi16(x, y);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_permute2x128_si256(low, high, 0x20));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i + 8), _mm256_permute2x128_si256(low, high, 0x31));
+    }
+}
+
 // Rows from : to as rows of `out`, whose columns are d padded with zeros.
 template <class Op>
 void pack_rows(const Rows& x, const Panels& out, int64_t from, int64_t to, float* scratch, int64_t origin = 0) {
-    const int64_t wide = out.cols;
+    const int64_t wide = out.cols, full = x.d / 16 * 16;
+    if (Op::PER == 2) std::memset(scratch, 0, wide * 4);
+    auto* rest = reinterpret_cast<uint16_t*>(scratch + wide);  // the ends of two rows, where 16 does not divide them
+    std::memset(rest, 0, 64);
     for (int64_t j = from; j < to; j += Op::PER) {
         if (Op::PER == 1) {
             units<Floats>(scratch, x, j - origin, wide);
-        } else {
-            auto* both = reinterpret_cast<uint16_t*>(scratch);
-            uint16_t* one = both + 2 * wide;
-            for (int64_t e = 0; e < 2; e++, one += wide) {
-                std::memset(one, 0, wide * 2);
-                if (x.has(j - origin + e)) std::memcpy(one, x.at(j - origin + e), x.d * 2);
-            }
-            const uint16_t *first = both + 2 * wide, *second = first + wide;
-            for (int64_t d = 0; d < wide; d++) {
-                both[2 * d] = first[d];
-                both[2 * d + 1] = second[d];
-            }
+            for (int64_t col = 0; col < wide; col += NP)
+                std::memcpy(out.at(col, j), scratch + col, out.width(col) * 4);
+            continue;
         }
-        for (int64_t col = 0; col < wide; col += NP)
-            std::memcpy(out.at(col, j / Op::PER), scratch + col, out.width(col) * 4);
+        const uint16_t* row[2];
+        for (int64_t e = 0; e < 2; e++) {
+            const int64_t i = j - origin + e;
+            row[e] = reinterpret_cast<const uint16_t*>(x.has(i) ? x.at(i) : reinterpret_cast<char*>(scratch));
+            if (full < x.d) std::memcpy(rest + 16 * e, row[e] + full, (x.d - full) * 2);
+        }
+        for (int64_t col = 0; col < wide; col += NP) {
+            float* p = out.at(col, j / 2);
+            const int64_t n = std::min(out.width(col), full - col);
+            interleave(row[0] + col, row[1] + col, p, n);
+            if (n < out.width(col)) interleave(rest, rest + 16, p + n, 16);
+        }
     }
 }
 

@@ -55,6 +55,12 @@ INLINE V times_power(V p, V t) {  // adds the low bits of t to the exponent of p
     return _mm512_castsi512_ps(
         _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(t), 23)));
 }
+INLINE V over_power(V p, V t) {
+    return _mm512_castsi512_ps(
+        _mm512_sub_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(t), 23)));
+}
+
+INLINE V power(V p, V n) { return _mm512_scalef_ps(p, n); }  // p 2^n for whole n, 0 where that is too small
 
 #else
 
@@ -92,6 +98,10 @@ INLINE V times_power(V p, V t) {
     return _mm256_castsi256_ps(
         _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(t), 23)));
 }
+INLINE V over_power(V p, V t) {
+    return _mm256_castsi256_ps(
+        _mm256_sub_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(t), 23)));
+}
 
 #endif
 
@@ -108,6 +118,29 @@ INLINE V exp2(V x) {
     p = fma(p, r, set(6.931469776e-1f));
     p = fma(p, r, set(1.0f));
     return keep_from(x, -126.0f, times_power(p, t));
+}
+#if defined(ATTNCONVERT_AVX512)
+// 2^x to 5e-6 of its value, for what is rounded to bf16: the minimax polynomial of degree 4 on [-1/2, 1/2].
+INLINE V exp2_short(V x) {
+    const V magic = set(12582912.0f);
+    const V y = max(set(-200.0f), x);
+    const V n = sub(add(y, magic), magic), r = sub(y, n);
+    V p = fma(r, set(9.570100638e-03f), set(5.591786022e-02f));
+    p = fma(p, r, set(2.402474486e-01f));
+    p = fma(p, r, set(6.931218148e-01f));
+    p = fma(p, r, set(9.999992614e-01f));
+    return power(p, n);
+}
+#endif
+// e^x and e^-x to 5e-7 of their values, for x drawn to within ±80: the same polynomial, its even and odd part apart.
+INLINE void exp_both(V x, V& up, V& down) {
+    const V magic = set(12582912.0f);
+    const V y = max(set(-80.0f), min(set(80.0f), x)), t = fma(y, set(LOG2E), magic);
+    const V r = fma(y, set(LOG2E), sub(magic, t)), r2 = mul(r, r);
+    const V even = fma(fma(set(9.671513826e-3f), r2, set(2.402224207e-1f)), r2, set(1.0f));
+    const V odd = fma(fma(set(1.326472567e-3f), r2, set(5.550733758e-2f)), r2, set(6.931469776e-1f));
+    up = times_power(fma(r, odd, even), t);
+    down = over_power(fma(sub(zero(), r), odd, even), t);
 }
 // e^x to 3e-7 of its value, for x <= 88; 0 below -87.
 INLINE V exp(V x) {
@@ -168,6 +201,11 @@ INLINE void to_float(float* to, const char* from, int64_t dtype, int64_t n) {
 INLINE void from_float(char* to, const float* from, int64_t dtype, int64_t n) {
     const int64_t size = bytes_of(dtype);
     int64_t i = 0;
+#if defined(ATTNCONVERT_AVX512)
+    if (dtype == BFLOAT16)
+        for (; i + W <= n; i += W)
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * 2), (__m256i)_mm512_cvtneps_pbh(load(from + i)));
+#endif
     for (; i + 8 <= n; i += 8) store8(to + i * size, _mm256_loadu_ps(from + i), dtype);
     if (i < n) {
         float wide[8] = {};

@@ -5,7 +5,7 @@
 
 namespace attn {
 
-constexpr int64_t WIDE = 144;  // floats of a row of scores: STEP, and zeros up to whole register tiles
+constexpr int64_t WIDE = STEP + 16;  // floats of a row of scores: STEP, and zeros up to whole register tiles
 
 // Keys and values of one sequence and KV group in the layouts that the backward reads.
 struct PackedBack {

@@ -1,0 +1,137 @@
+"""First-order effects: what replacing a head would change of the loss, from one backward pass through the teacher.
+
+Of each layer the gradient of its attention output arrives on its own, so candidates are compared with it there and
+then, and nothing is kept of the layer behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import operators
+from ..kernels.call import Call
+from ..kernels.spec import Full, Spec
+from .hosts import models
+from .hosts.transformers import Conversion, Site, SiteOperators, refusal
+from .observation import BLOCK, Learned, Means, Rows
+from .text import Needles
+
+if TYPE_CHECKING:
+    from .progress import Track
+
+LOSSES = ("text", "needle")  # next-token loss before the answer, and the answer's
+
+
+def first_order(
+    model: Any,
+    sites: Sequence[Site],
+    needles: Needles,
+    names: Mapping[str, Spec],
+    rows: int,
+    learned: Learned,
+    track: Track,
+) -> dict[str, Any]:
+    """|⟨ô − o, ∂L/∂o⟩| of every head and candidate, for the loss of the text and of the answer, and MoA's influence.
+
+    Returns:
+        {"first_order": {candidate: [site][head]} of the text, "first_order_needle": the same of the answer,
+        "influence": {"block": tokens, "table": [site][head][distance in blocks]}}; means over the cases.
+        `influence` is Σ|A ⊙ (G − rowsum(G ⊙ A)) / (1 − A)| per row with G = ∂L/∂A, of sampled rows (MoA, Fu et al.
+        2024): what masking the entries at a distance would change of the text's loss, to first order.
+    """
+    means = Means()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    conversion = Conversion(model, {site: [Full()] * site.kv_heads for site in sites})
+    try:
+        for case in track(range(len(needles.ids)), "first-order effects"):
+            for loss in LOSSES:
+                _case(model, conversion, needles, case, loss, names, rows, learned, means)
+    finally:
+        conversion.remove()
+        for p in trainable:
+            p.requires_grad_(True)
+    tables = {loss: {name: means.table(f"{loss} {name}", sites) for name in names} for loss in LOSSES}
+    return {
+        "first_order": tables["text"],
+        "first_order_needle": tables["needle"],
+        "influence": {"block": BLOCK, "table": means.table("influence", sites)},
+    }
+
+
+def _case(
+    model: Any,
+    conversion: Conversion,
+    needles: Needles,
+    case: int,
+    loss: str,
+    names: Mapping[str, Spec],
+    rows: int,
+    learned: Learned,
+    means: Means,
+) -> None:
+    ids = needles.ids[case][None].to(model.device)
+    answer = needles.answer[case].to(model.device)
+    at = answer - 1 if loss == "needle" else torch.arange(int(answer[0]) - 1, device=ids.device)
+
+    def observe(site: SiteOperators, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        o, _ = operators.attend(Full(), q, k, v, call)
+        if not o.requires_grad:  # the first site: nothing before it asks for gradients
+            o = o.detach().requires_grad_(True)
+        held = (q.detach(), k.detach(), v.detach(), o.detach())
+
+        def arrived(gradient: Tensor) -> None:
+            with torch.no_grad():
+                _effects(site.site, *held, gradient, call, loss, names, rows, learned, means)
+
+        o.register_hook(arrived)
+        return o
+
+    with torch.enable_grad(), conversion.observe(observe):
+        logits = models.logits_at(model, ids, at)[0].float()
+        F.cross_entropy(logits, ids[0, at + 1]).backward()
+
+
+def _effects(
+    site: Site,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    gradient: Tensor,
+    call: Call,
+    loss: str,
+    names: Mapping[str, Spec],
+    rows: int,
+    learned: Learned,
+    means: Means,
+) -> None:
+    for name, spec in names.items():
+        if refusal(site, spec):
+            continue
+        got, _ = operators.attend(spec, q, k, v, call, None, learned.get((site.name, name)))
+        effect = ((got - o).float() * gradient.float()).sum((0, 2, 3))  # (H,)
+        means.add(f"{loss} {name}", site.name, effect.abs())
+    if loss == "text":
+        means.add("influence", site.name, _influence(q, k, v, gradient, call, rows))
+
+
+def _influence(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, call: Call, rows: int) -> Tensor:
+    """(H, blocks): effect of masking the entries of each distance, of all rows, from the sampled ones."""
+    sampled = Rows.sampled(q, k, call, rows)
+    p, at = sampled.p, sampled.at
+    per = q.shape[1] // k.shape[1]
+    g = gradient[:, :, at].float() @ v.float().repeat_interleave(per, 1).transpose(-1, -2)  # (B, H, R, S)
+    inner = (g * p).sum(-1, keepdim=True)
+    effect = (p * (g - inner) / (1 - p).clamp_min(1e-3)).abs()
+    blocks = -(-p.shape[-1] // BLOCK)
+    distance = ((at[:, None] - torch.arange(p.shape[-1], device=p.device)).clamp_min(0) // BLOCK).clamp_max(blocks - 1)
+    index = distance.expand_as(effect[0, 0]).reshape(1, -1).expand(p.shape[1], -1)
+    table = torch.zeros(p.shape[1], blocks, device=p.device)
+    table.scatter_add_(1, index, effect.sum(0).flatten(1))
+    return table * (q.shape[2] / len(at))

@@ -1,0 +1,320 @@
+"""What every head attends to: statistics of sampled rows, gathered layer by layer in forward passes over text.
+
+Of each layer only the attention of the sampled rows is ever there, (heads, rows, S), and it is gone when the next layer
+runs: memory does not grow with the number of layers and never holds S × S.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import operators, window
+from ..kernels.call import Call, grouped, logits
+from ..kernels.spec import Full, Retention, Spec, Window
+from .hosts import models
+from .hosts.transformers import Conversion, Site, SiteOperators, refusal
+from .text import Needles
+
+if TYPE_CHECKING:
+    from .progress import Track
+
+BLOCK = 64  # keys of a block, in block statistics
+FRACTIONS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the blocks that a row may read
+MASSES = (0.9, 0.95)
+CONSTANT = 1e-12  # variance over mean square below which an output counts as constant
+Table = dict[str, list[list[Any]]]  # [site][head or group]: numbers, or None where there is none
+Learned = Mapping[tuple[str, str], nn.Module]  # (site name, candidate) → what the candidate learned there
+
+
+class Means:
+    """Running means, and where asked deviations, of per-head tensors by name and site."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, dict[str, Tensor]] = {}
+        self.squares: dict[str, dict[str, Tensor]] = {}
+        self.counts: dict[tuple[str, str], int] = {}
+
+    def add(self, name: str, site: str, value: Tensor) -> None:
+        row, square = self.sums.setdefault(name, {}), self.squares.setdefault(name, {})
+        value = value.detach().double().cpu()
+        row[site] = row.get(site, torch.zeros_like(value)) + value
+        square[site] = square.get(site, torch.zeros_like(value)) + value.square()
+        self.counts[name, site] = self.counts.get((name, site), 0) + 1
+
+    def table(self, name: str, sites: Sequence[Site]) -> list[list[Any]]:
+        """[site][head]; None where nothing was added or what was added is no number."""
+        return [self._cells(name, s) for s in sites]
+
+    def variation(self, name: str, sites: Sequence[Site]) -> list[list[Any]]:
+        """Standard deviation over the mean, across what was added. [site][head]"""
+        return [self._cells(name, s, spread=True) for s in sites]
+
+    def _cells(self, name: str, site: Site, spread: bool = False) -> list[Any]:
+        total = self.sums.get(name, {}).get(site.name)
+        if total is None:
+            return [None] * site.heads
+        count = self.counts[name, site.name]
+        mean = total / count
+        if spread:
+            deviation = (self.squares[name][site.name] / count - mean.square()).clamp_min(0).sqrt()
+            mean = deviation / mean.abs().clamp_min(1e-30)
+        return numbers(mean)
+
+
+def numbers(x: Tensor) -> list[Any]:
+    """A tensor as nested lists, None where it is not finite."""
+    if x.ndim > 1:
+        return [numbers(row) for row in x]
+    return [value if ok else None for value, ok in zip(x.tolist(), x.isfinite().tolist(), strict=True)]
+
+
+@dataclasses.dataclass
+class Rows:
+    """Sampled query rows of one call. `at` (R,) positions, `p` (B, H, R, S) their attention."""
+
+    at: Tensor
+    p: Tensor
+
+    @staticmethod
+    def sampled(q: Tensor, k: Tensor, call: Call, rows: int) -> Rows:
+        """`rows` of them evenly over the last three quarters, where there is something to attend to."""
+        length = q.shape[2]
+        at = torch.linspace(length // 4, length - 1, min(rows, length), device=q.device).long()
+        return Rows(at, probabilities(q, k, call, at))
+
+
+def probabilities(q: Tensor, k: Tensor, call: Call, at: Tensor) -> Tensor:
+    """Attention of the rows `at` (R,) over all earlier tokens. q (B, H, S, D), k (B, Hk, S, D) → (B, H, R, S)"""
+    s = logits(grouped(q, k.shape[1])[..., at, :], k[:, :, None], call).flatten(1, 2)
+    i = torch.arange(k.shape[2], device=q.device)
+    allowed = i <= at[:, None]
+    if call.limit is not None:
+        allowed = allowed & (i > at[:, None] - call.limit)
+    s = s.masked_fill(~allowed, -torch.inf)
+    if call.sink_logits is None:
+        return s.softmax(-1)
+    sink = call.sink_logits.to(s.dtype).view(1, -1, 1, 1).expand(*s.shape[:3], 1)  # takes part, and has no value
+    return torch.cat([s, sink], -1).softmax(-1)[..., :-1]
+
+
+@torch.no_grad()
+def text_statistics(
+    model: Any,
+    sites: Sequence[Site],
+    texts: Tensor,
+    names: Mapping[str, Spec],
+    rows: int,
+    learned: Learned,
+    track: Track,
+) -> dict[str, Any]:
+    """Tier one: everything that one pass over `texts` (n, S) tells of every head and every candidate."""
+    means = Means()
+    maps: dict[str, Tensor] = {}
+    similarity = torch.zeros(len(sites), len(sites), dtype=torch.float64)
+    problems: dict[str, str] = {}
+    local = next((s.size for s in names.values() if isinstance(s, Window)), 128)
+
+    def observe(site: SiteOperators, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        name, sampled = site.site.name, Rows.sampled(q, k, call, rows)
+        _attention(means, name, sampled, local)
+        maps[name] = _block_statistics(means, name, sampled, q, k)
+        o, _ = operators.attend(Full(), q, k, v, call)
+        scale = _variance(o, site.site, problems)
+        layer = o.float().square().sum((1, 3)).mean()
+        for label, spec in names.items():
+            if refusal(site.site, spec):
+                continue
+            got, _ = operators.attend(spec, q, k, v, call, None, learned.get((name, label)))
+            error = (got - o).float().square().sum(-1).mean((0, 2))
+            means.add(f"error {label}", name, error / scale)
+            means.add(f"change {label}", name, error / layer.clamp_min(1e-30))
+            kept = kept_mass(spec, q, k, v, call, sampled)
+            if kept is not None:
+                means.add(f"lost {label}", name, 1 - kept)
+        return o
+
+    conversion = Conversion(model, {site: [Full()] * site.kv_heads for site in sites})
+    try:
+        with conversion.observe(observe):
+            for ids in track(texts.split(1), "statistics"):
+                model(ids.to(model.device), use_cache=False, **models.last_logits(model))
+                similarity += _overlap([maps[s.name] for s in sites])
+    finally:
+        conversion.remove()
+    plain = ("entropy", "local_mass", "sink_mass", "pooled_recall", *(f"density_{round(100 * m)}" for m in MASSES))
+    first = next(iter(names))
+    return {
+        "statistics": {
+            **{name: means.table(name, sites) for name in plain},
+            "variation": means.variation(f"error {first}", sites),
+        },
+        "output_error": {name: means.table(f"error {name}", sites) for name in names},
+        "output_change": {name: means.table(f"change {name}", sites) for name in names},
+        "mass_lost": {name: means.table(f"lost {name}", sites) for name in names},
+        "curves": {
+            "block": BLOCK,
+            "fractions": list(FRACTIONS),
+            "recall": _curves(means, sites),
+        },
+        "similarity": (similarity / len(texts)).tolist(),
+        "problems": [problems[key] for key in sorted(problems)],
+    }
+
+
+def _attention(means: Means, name: str, sampled: Rows, local: int) -> None:
+    p, at = sampled.p, sampled.at
+    distance = at[:, None] - torch.arange(p.shape[-1], device=p.device)
+    means.add("entropy", name, -(p * p.clamp_min(1e-20).log()).sum(-1).mean((0, 2)))
+    means.add("local_mass", name, (p * (distance < local)).sum(-1).mean((0, 2)))
+    means.add("sink_mass", name, p[..., :4].sum(-1).mean((0, 2)))
+
+
+def _variance(o: Tensor, site: Site, problems: dict[str, str]) -> Tensor:
+    """Of each head's output around its mean over the tokens, (H,): what the error of a candidate is relative to.
+
+    The denominator of DiTFastAttnV2's relative error. A constant output has none: it is reported, and its cells stay
+    empty.
+    """
+    wide = o.float()
+    variance = (wide - wide.mean(2, keepdim=True)).square().sum(-1).mean((0, 2))
+    power = wide.square().sum(-1).mean((0, 2))
+    for head in range(o.shape[1]):
+        if not torch.isfinite(power[head]):
+            problems[f"{site.layer:05d}.{head:05d}"] = f"L{site.layer}H{head} gives outputs that are not finite"
+        elif variance[head] <= CONSTANT * power[head]:
+            problems[f"{site.layer:05d}.{head:05d}"] = f"L{site.layer}H{head} gives the same output for every token"
+    return torch.where(variance > CONSTANT * power, variance, torch.nan)
+
+
+def _block_statistics(means: Means, name: str, sampled: Rows, q: Tensor, k: Tensor) -> Tensor:
+    """Densities and recalls in blocks of keys. → the head-averaged block map (R, blocks), for comparing layers."""
+    p, at = sampled.p, sampled.at
+    blocks = -(-p.shape[-1] // BLOCK)
+    mass = F.pad(p, (0, blocks * BLOCK - p.shape[-1])).unflatten(-1, (blocks, BLOCK)).sum(-1)  # (B, H, R, blocks)
+    visible = (at // BLOCK + 1).float()  # (R,)
+    reached = mass.sort(-1, descending=True).values.cumsum(-1)
+    total = reached[..., -1:].clamp_min(1e-20)
+    for share in MASSES:
+        needed = (reached < share * total - 1e-6).sum(-1) + 1
+        means.add(f"density_{round(100 * share)}", name, (needed / visible).mean((0, 2)))
+    for fraction in FRACTIONS:
+        best = (visible * fraction).ceil().long() - 1  # (R,)
+        index = best.view(1, 1, -1, 1).expand(*reached.shape[:2], -1, 1)
+        means.add(f"recall {fraction}", name, (reached.gather(-1, index) / total)[..., 0].mean((0, 2)))
+    means.add("pooled_recall", name, _pooled_recall(mass / total, at, q, k, visible))
+    averaged: Tensor = mass.mean((0, 1))
+    return averaged
+
+
+def _pooled_recall(mass: Tensor, at: Tensor, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+    """Mass that the best eighth of the blocks by mean-pooled scores holds, own and first block included. → (H,)
+
+    What a block selection can find without looking at single keys (MoBA, Lu et al. 2025).
+    """
+    blocks = mass.shape[-1]
+    pooled = [
+        F.pad(x.float(), (0, 0, 0, blocks * BLOCK - x.shape[2])).unflatten(2, (blocks, BLOCK)).mean(3) for x in (q, k)
+    ]
+    rows = grouped(pooled[0][:, :, at // BLOCK], k.shape[1])
+    score = (rows @ pooled[1][:, :, None].transpose(-1, -2)).flatten(1, 2)  # (B, H, R, blocks)
+    number = torch.arange(blocks, device=q.device)
+    own = (at // BLOCK)[:, None]
+    score = score.masked_fill(number > own, -torch.inf)
+    score = score.masked_fill((number == own) | (number == 0), torch.inf)
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    taken = number < (visible / 8).ceil().clamp_min(1)[:, None]
+    return (mass.gather(-1, order) * taken).sum(-1).mean((0, 2))
+
+
+def _curves(means: Means, sites: Sequence[Site]) -> list[list[Any]]:
+    tables = [means.table(f"recall {fraction}", sites) for fraction in FRACTIONS]
+    return [[[table[n][h] for table in tables] for h in range(site.heads)] for n, site in enumerate(sites)]
+
+
+def _overlap(maps: Sequence[Tensor]) -> Tensor:
+    """Σ min over blocks of every two layers' maps, averaged over the rows: 1 where both read alike. → (L, L)"""
+    stacked = torch.stack([m.double().cpu() for m in maps])  # (L, R, blocks)
+    stacked = stacked / stacked.sum(-1, keepdim=True).clamp_min(1e-20)
+    return torch.stack([torch.minimum(stacked, one).sum(-1).mean(-1) for one in stacked])
+
+
+# --- what a candidate keeps -------------------------------------------------------------------------------------------
+
+
+def kept_mass(spec: Spec, q: Tensor, k: Tensor, v: Tensor, call: Call, sampled: Rows) -> Tensor | None:
+    """Attention mass of the sampled rows on the tokens that the candidate reads by softmax, (H,); None for linear."""
+    p, at = sampled.p, sampled.at
+    reads: Tensor | None = None
+    if isinstance(spec, Window) or spec.operator == "hybrid":
+        near = Window(size=spec.size if isinstance(spec, Window) else spec.window, sinks=spec.sinks)
+        reads = window_reads(near, call, at, p.shape[-1])[None, None]
+    elif isinstance(spec, Retention):
+        reads = retention_reads(spec, q, k, v, call, at).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return None if reads is None else (p * reads).sum(-1).mean((0, 2))
+
+
+def window_reads(spec: Window, call: Call, at: Tensor, length: int) -> Tensor:
+    """(R, S): whether row at[r] reads token s."""
+    distance = at[:, None] - torch.arange(length, device=at.device)
+    near = (distance >= 0) & (distance < window.width(spec, call))
+    return near | ((distance >= 0) & (torch.arange(length, device=at.device) < spec.sinks))
+
+
+def retention_reads(spec: Retention, q: Tensor, k: Tensor, v: Tensor, call: Call, at: Tensor) -> Tensor:
+    """(B, Hk, R, S): what each row finds in the operator's memory, by letting it run up to that row."""
+    batch, groups, length = k.shape[0], k.shape[1], k.shape[2]
+    reads = torch.zeros(batch, groups, len(at), length, dtype=torch.bool, device=q.device)
+    state: Any = None
+    for row, (start, stop) in enumerate(_steps(at)):
+        part = dataclasses.replace(call, seen=start, keep=True)
+        _, state = operators.attend(spec, q[:, :, start:stop], k[:, :, start:stop], v[:, :, start:stop], part, state)
+        i = stop - 1
+        recent = i // spec.block * spec.block - spec.window + spec.block
+        reads[:, :, row, max(0, recent) : stop] = True
+        reads[:, :, row, : min(spec.sinks, stop)] = True
+        kept = state.at[:, :, spec.window :].long()
+        reads[:, :, row].scatter_(2, kept.clamp_min(0), (kept >= 0) | reads[:, :, row].gather(2, kept.clamp_min(0)))
+    return reads
+
+
+def _steps(at: Tensor) -> Iterator[tuple[int, int]]:
+    start = 0
+    for stop in (at + 1).tolist():
+        yield start, stop
+        start = stop
+
+
+# --- retrieval --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def retrieval_scores(model: Any, sites: Sequence[Site], tasks: Sequence[Needles], track: Track) -> list[list[Any]]:
+    """Share of attention that goes, while an answer token is predicted, to that token in the text. [site][head]
+
+    The mean over all cases of all tasks: several templates, depths and lengths.
+    Source: Retrieval head (Wu et al., 2024).
+    """
+    means = Means()
+    here: dict[str, Tensor] = {}
+
+    def observe(site: SiteOperators, q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
+        p = probabilities(q, k, call, here["answer"] - 1)  # (1, H, A, S)
+        index = here["needle"].expand(p.shape[1], -1)[..., None]
+        means.add("retrieval", site.site.name, p[0].gather(-1, index).mean((1, 2)))
+
+    cases = [(task, n) for task in tasks for n in range(len(task.ids))]
+    conversion = Conversion(model, {site: [Full()] * site.kv_heads for site in sites})
+    try:
+        with conversion.observe(observe):
+            for task, n in track(cases, "retrieval heads"):
+                here.update(answer=task.answer[n].to(model.device), needle=task.needle[n].to(model.device))
+                model(task.ids[n][None].to(model.device), use_cache=False, **models.last_logits(model))
+    finally:
+        conversion.remove()
+    return means.table("retrieval", sites)

@@ -1,0 +1,390 @@
+"""The report's account of the choice: its budgets, the front it stands on, the masks, and what predicts damage."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from .artefacts import Artefacts, Site, dig
+from .headmaps import MUTED, Thumbnail, mask_thumbnails, operator_colours
+from .report_html import NONE, details, duration, figure, number, percent, section, size, table, tokens
+
+RETRIEVES = 0.1  # retrieval score from which on a group is set off
+SCATTERS = 2  # candidates whose scores are drawn; the table has all
+RESOURCES = {
+    "kv_bytes": "KV cache",
+    "flops": "attention FLOPs",
+    "prefill_ms": "prefill time",
+    "decode_ms": "decode time",
+}
+Pictures = dict[str, str | bytes]
+
+
+# --- budgets ----------------------------------------------------------------------------------------------------------
+
+
+def budgets_part(run: Artefacts) -> str:
+    """What every plan was allowed and uses, and how near to the best possible it is."""
+    rows, words = [], []
+    for arm, entry in dig(run.select, "arms", default={}).items():
+        for name, cost in dig(entry, "costs", default={}).items():
+            limit, used, original = (cost.get(key) for key in ("limit", "used", "original"))
+            shares = [percent(x / original) if original and x is not None else number(None) for x in (limit, used)]
+            amounts = [_amount(cost.get("resource"), x) for x in (limit, used, original)]
+            cells = [f"{amounts[0]}<small>{shares[0]}</small>", f"{amounts[1]}<small>{shares[1]}</small>", amounts[2]]
+            where = f" at {tokens(cost['length'])} tokens" if cost.get("length") else ""
+            rows.append([escape(arm), escape(RESOURCES.get(cost.get("resource"), name) + where), *cells])
+        words += [f"<li><b>{escape(arm)}</b>: {told}</li>" for told in [_bound(entry)] if told]
+    if not rows and not words:
+        return ""
+    shown = table(["Arm", "Budget", "Allowed", "Used", "Original"], rows, text=(0, 1)) if rows else ""
+    proof = f'<ul class="conclusions">{"".join(words)}</ul>' if words else ""
+    return "<h3>Budgets</h3>" + shown + proof
+
+
+def _amount(resource: object, value: object) -> str:
+    if resource == "kv_bytes":
+        return size(value)
+    if resource == "flops" and isinstance(value, int | float):
+        return f"{value:.3g}"
+    if resource in ("groups", "layers") and isinstance(value, int | float):
+        return f"{value:.6g} left full"
+    return f"{number(value)} ms" if resource in ("prefill_ms", "decode_ms") else number(value)
+
+
+def _bound(entry: Mapping[str, Any]) -> str:
+    """How good the plan is, in words: what the integer program proved."""
+    loss, bound, gap = (entry.get(key) for key in ("loss", "bound", "gap"))
+    if loss is None or gap is None:
+        return ""
+    how = f"{escape(str(entry.get('how', '')))}, {duration(entry.get('seconds'))}"
+    proven = gap < 1e-9
+    if bound is None:
+        near = "no plan takes less" if proven else f"no plan takes {_share(gap)} less"
+        return f"the cheapest plan of its predicted loss, {number(loss)}: {near} ({how})"
+    near = "and no plan has less"
+    if not proven:
+        near = f"and no plan has less than {number(bound)}: this one is within {_share(gap)} of that"
+    return f"its groups lose {number(loss)} one by one, {near} ({how})"
+
+
+def _share(gap: float) -> str:
+    return "less than 0.01 %" if gap < 1e-4 else f"{number(100 * gap, 2)} %"
+
+
+# --- the front --------------------------------------------------------------------------------------------------------
+
+
+def front_section(run: Artefacts, pictures: Pictures) -> str:
+    """Every selector at several costs, and what refinement gained."""
+    parts = [_front(run, pictures), _refinement(run, pictures)]
+    note = "Whether another choice would have been better: of the same budget, of another, or by another method."
+    return section("How good the choice is", *parts, note=note)
+
+
+def _front(run: Artefacts, pictures: Pictures) -> str:
+    found = run.front
+    if not found.get("front"):
+        return ""
+    from .plots_selection import NAMES, pareto
+
+    resource = RESOURCES.get(str(found.get("resource")), str(found.get("resource")))
+    x_label = f"{resource} at {tokens(found.get('length', 0))} tokens, % of the original's"
+    weight = found.get("needle_weight", 1)
+    measured = found.get("method") == "damage"
+    times = "" if weight == 1 else f"{weight:g} × "
+    what = f"KL + {times}needle loss" if measured else "output error"
+    joint = _joint(run, weight) if measured else {}
+    plot = pareto(found, x_label, f"sum over groups: {what}", joint)
+    if plot is None:
+        return ""
+    pictures |= {"front.svg": plot.svg, "front.png": plot.png}
+    judged = "measured damages" if measured else "output errors, as no damage was measured"
+    caption = (
+        f"Down and left is better. Every plan is judged by the same sum of its groups' {judged}; at each cost the line "
+        "is the least that any plan can have. Groups act together, so that a whole plan may lose more or less than "
+        "the sum: a hollow star is that, measured."
+    )
+    out = [f"{NAMES.get(name, name)} ({why})" for name, why in found.get("left_out", {}).items()]
+    missing = f'<p class="note">Not shown: {escape("; ".join(out))}.</p>' if out else ""
+    return figure(plot.inline, caption) + _front_table(found, what, NAMES) + missing
+
+
+def _joint(run: Artefacts, weight: float) -> dict[str, float]:
+    """By arm what its plan loses as a whole, where that was measured when it was chosen."""
+    found = {}
+    for arm, entry in dig(run.select, "arms", default={}).items():
+        kl, needle = (dig(entry, "measured", key) for key in ("kl", "needle"))
+        if kl is not None and needle is not None:
+            found[arm] = max(kl, 0.0) + weight * max(needle, 0.0)
+    return found
+
+
+def _front_table(found: Mapping[str, Any], what: str, names: Mapping[str, str]) -> str:
+    """Loss at the compared budgets, by method; several plans of one method as their mean."""
+    entries = {str(found.get("method")): found["front"], **found.get("others", {})}
+    budgets = sorted({e["budget"] for method in found.get("others", {}).values() for e in method})
+    rows = []
+    for name, points in entries.items():
+        cells = []
+        for budget in budgets:
+            losses = [e["loss"] for e in points if abs(e["budget"] - budget) < 1e-9 and e.get("loss") is not None]
+            cells.append(number(sum(losses) / len(losses) if losses else None))
+        rows.append([escape(names.get(name, name)), *cells])
+    if not budgets:
+        return ""
+    head = ["Method", *(f"at most {percent(budget, 0)}" for budget in budgets)]
+    return details(f"The same in figures: {what}", table(head, rows))
+
+
+def _refinement(run: Artefacts, pictures: Pictures) -> str:
+    arms = dig(run.select, "arms", default={})
+    histories = {arm: entry["refinement"] for arm, entry in arms.items() if entry.get("refinement")}
+    if not histories:
+        return ""
+    from .plots_selection import refinement
+
+    plot = refinement(histories)
+    rows = []
+    for arm, lines in histories.items():
+        rows += [[escape(arm)]] if len(histories) > 1 else []
+        for line in lines:
+            cells = [number(line.get(key)) for key in ("predicted", "loss", "kl", "needle")]
+            verdict = "kept" if line.get("kept") else escape(str(line.get("note", "no better")))
+            rows.append([f"{line.get('round')}: {escape(str(line.get('scores')))}", *cells, verdict])
+    head = ["Round: scores", "Loss, predicted", "Loss, measured", "KL", "Needle loss", ""]
+    caption = (
+        "Each round measures the whole plan, scores every group anew around it and solves again. A filled dot was "
+        "better than what there was and kept; where the lines part, the groups act together."
+    )
+    drawn = ""
+    if plot:
+        pictures |= {"refinement.svg": plot.svg, "refinement.png": plot.png}
+        drawn = figure(plot.inline, caption)
+    return "<h3>Refinement</h3>" + drawn + table(head, rows, text=(0, 5))
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+BLOCK = 64
+
+
+def masks_part(run: Artefacts, pictures: Pictures) -> str:
+    """What a row of each operator of the plan reads, in blocks."""
+    from ..kernels.spec import Full, spec_from_dict
+
+    counts = Counter(label for groups in dig(run.plan, "sites", default={}).values() for label in groups)
+    specs: dict[str, Any] = {"full": Full()}
+    for label, given in dig(run.plan, "operators", default={}).items():
+        try:
+            specs[label] = spec_from_dict(given)
+        except (ValueError, TypeError):  # of another version
+            continue
+    shown = {label: specs[label] for label in sorted(counts, key=lambda x: (x != "full", x)) if label in specs}
+    if not any(spec != Full() for spec in shown.values()):
+        return ""
+    reach = max(_reach(spec) for spec in shown.values())
+    length = 1024
+    while length < 2 * reach and length < 8192:
+        length *= 2
+    drawn = [thumbnail(label, spec, length) for label, spec in shown.items()]
+    masks = [mask for mask in drawn if mask is not None]
+    picture = mask_thumbnails(masks, describe="Masks of the operators in blocks")
+    pictures["masks.svg"] = picture
+    caption = (
+        f"{tokens(length)} queries downwards, as many keys to the right, in blocks of {BLOCK}. A kernel computes whole "
+        "blocks, so that the share of blocks is what is paid and the share of pairs what is read; 100 % is the "
+        "causal triangle."
+    )
+    if any(spec.operator == "retention" for spec in shown.values()):
+        caption += " Which old tokens retention keeps depends on the text: the vertical lines are an example."
+    return "<h3>What the operators read</h3>" + figure(picture, caption)
+
+
+def _reach(spec: Any) -> int:
+    """How many tokens a row reads by softmax, at most; 0 for full and linear attention."""
+    return sum(getattr(spec, name, 0) for name in ("size", "window", "keep", "sinks"))
+
+
+def thumbnail(label: str, spec: Any, length: int) -> Thumbnail | None:
+    """None for an operator that is not known here."""
+    count = length // BLOCK
+    if spec.operator not in ("full", "window", "hybrid", "linear", "retention"):
+        return None
+    window = {"full": length, "window": getattr(spec, "size", 0)}.get(spec.operator, getattr(spec, "window", 0))
+    sinks, kept = getattr(spec, "sinks", 0), getattr(spec, "keep", 0)
+    kinds = _blocks(window, sinks, length)
+    every = [(row, 0, row + 1) for row in range(count)]
+    rest = (
+        []
+        if spec.operator not in ("hybrid", "linear")
+        else _runs({(r, c) for r, a, b in every for c in range(a, b)} - set(kinds))
+    )
+    pairs = sum(min(i + 1, window + sinks + kept) for i in range(length)) / (length * (length + 1) / 2)
+    blocks = len(kinds) / (count * (count + 1) / 2)
+    words = [f"{percent(blocks, 0)} of the blocks,", f"{percent(pairs, 0)} of the pairs"]
+    if spec.operator == "linear":
+        words = ["no pairs: everything is", "in the state"]
+    if kept:
+        words = [f"{percent(pairs, 0)} of the pairs;", "kept tokens are gathered"]
+    return Thumbnail(
+        title=label,
+        colour=MUTED if label == "full" else operator_colours([label], {label: spec.operator})[label],
+        count=count,
+        full=_runs({at for at, full in kinds.items() if full}),
+        partial=_runs({at for at, full in kinds.items() if not full}),
+        rest=rest,
+        strokes=_kept(window, sinks, kept, length),
+        words=words,
+    )
+
+
+def _blocks(window: int, sinks: int, length: int) -> dict[tuple[int, int], bool]:
+    """(query block, key block) of a window with sinks: whether all its pairs are in it."""
+    from ..kernels.masks import Layout
+    from ..kernels.masks_blocks import list_blocks
+    from ..kernels.masks_patterns import a_shape, sliding_window
+
+    if not window:
+        return {}
+    mask = a_shape(size=window, sinks=sinks) if sinks else sliding_window(size=window)
+    found = list_blocks(mask, Layout(grid=(length,)), (BLOCK, BLOCK), length, False)
+    places = zip(found.rows.tolist(), found.columns.tolist(), strict=True)
+    return {place: kind < 0 for place, kind in zip(places, found.kinds.tolist(), strict=True)}
+
+
+def _runs(places: set[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Blocks that stand side by side as one."""
+    runs: list[tuple[int, int, int]] = []
+    for row, column in sorted(places):
+        if runs and runs[-1][0] == row and runs[-1][2] == column:
+            runs[-1] = (row, runs[-1][1], column + 1)
+        else:
+            runs.append((row, column, column + 1))
+    return runs
+
+
+def _kept(window: int, sinks: int, keep: int, length: int) -> list[tuple[float, float, float]]:
+    """An example of what retention keeps: the most read tokens that left the window, by a heavy-tailed draw."""
+    import numpy as np
+
+    worth = np.random.default_rng(0).pareto(1.0, length)
+    runs: list[tuple[float, float, float]] = []
+    since: dict[int, int] = {}
+    for row in range(0, length + BLOCK // 4, BLOCK // 4):
+        old = np.arange(sinks, max(sinks, row - window))
+        best = set(old[np.argsort(-worth[old])[:keep]].tolist()) if row < length else set()
+        left = [token for token in since if token not in best]
+        runs += [(token / BLOCK, since.pop(token) / BLOCK, min(row, length) / BLOCK) for token in left]
+        for token in sorted(best - set(since)):
+            since[token] = row
+    return runs
+
+
+# --- what predicts damage ---------------------------------------------------------------------------------------------
+
+
+def predictors_part(run: Artefacts, pictures: Pictures) -> str:
+    """Cheap scores against measured damage, KV group by KV group, with their rank correlation."""
+    damage = dig(run.profile, "damage", default={})
+    names = [name for name in damage if dig(damage, name, "kl")]
+    if not names:
+        return ""
+    from .plots_selection import Panel, predictors
+
+    marked = [
+        max(_known(scores), default=0.0) >= RETRIEVES
+        for scores in _by_group(run.sites, dig(run.profile, "statistics", "retrieval", default=[]))
+    ]
+    ranks: dict[str, dict[str, float | None]] = {}
+    drawn: list[tuple[str, str]] = []
+    for name in names:
+        panels = []
+        for title, measure, scores in _scores(run, name):
+            harm = [cell for row in damage[name].get(measure) or [] for cell in row]
+            flags = marked or [False] * len(harm)
+            rows = [(x, y, m) for x, y, m in zip(scores, harm, flags, strict=False) if x is not None and y is not None]
+            if len(rows) < 3:
+                continue
+            x, y, on = [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
+            rank = spearman(x, y)
+            ranks.setdefault(f"{title} → {MEASURES[measure]}", {})[name] = rank
+            unit = f"{MEASURES[measure]}, nats per token"
+            panels.append(Panel(title=title, score=x, damage=y, marked=on, rank=rank, unit=unit))
+        plot = predictors(panels, f"retrieval score ≥ {RETRIEVES:g}", name) if len(drawn) < SCATTERS else None
+        if plot:
+            pictures |= {f"predictors-{name}.svg": plot.svg, f"predictors-{name}.png": plot.png}
+            drawn.append((name, plot.inline))
+    if not ranks:
+        return ""
+    caption = (
+        "Each dot is a KV group: what a cheap score says of it, and what converting it alone was measured to cost. ρ "
+        "is Spearman's rank correlation, ±1 where the score puts the groups in the same order; damage of 0 and less "
+        "lies on the lower edge."
+    )
+    first = figure(drawn[0][1], f"<b>{escape(drawn[0][0])}.</b> {caption}") if drawn else ""
+    more = "".join(details(f"The same for {name}", figure(picture)) for name, picture in drawn[1:])
+    return "<h3>What predicts the damage</h3>" + first + more + _rank_table(ranks, names)
+
+
+MEASURES = {"kl": "KL", "needle": "needle loss"}
+
+
+def _rank_table(ranks: Mapping[str, Mapping[str, float | None]], names: Sequence[str]) -> str:
+    def cell(rank: float | None) -> str:
+        return NONE if rank is None else f"{rank:.2f}".replace("-", "\u2212")
+
+    rows = [[escape(title), *(cell(row.get(name)) for name in names)] for title, row in ranks.items()]
+    return table(["Spearman's ρ of", *(escape(name) for name in names)], rows)
+
+
+def _scores(run: Artefacts, name: str) -> list[tuple[str, str, list[float | None]]]:
+    """(what it is, the damage it is held against, a number per KV group) of every score that the profile has."""
+    statistics = dig(run.profile, "statistics", default={})
+    found = []
+    for title, measure, heads, how in (
+        ("output error", "kl", dig(run.profile, "output_error", name), sum),
+        ("output change", "kl", dig(run.profile, "output_change", name), sum),
+        ("mass lost", "kl", dig(run.profile, "mass_lost", name), sum),
+        ("first-order effect", "kl", dig(run.profile, "first_order", name), sum),
+        ("entropy", "kl", statistics.get("entropy"), _mean),
+        ("sink mass", "kl", statistics.get("sink_mass"), _mean),
+        ("retrieval score", "needle", statistics.get("retrieval"), max),
+        ("first-order, needle", "needle", dig(run.profile, "first_order_needle", name), sum),
+    ):
+        groups = _by_group(run.sites, heads or [])
+        values = [None if None in cells or not cells else float(how(_known(cells))) for cells in groups]
+        found.append((title, measure, values))
+    gates = dig(run.profile, "gates", "duo", default=[])
+    return [*found, ("gate of DuoAttention", "kl", [cell for row in gates for cell in row])]
+
+
+def _by_group(sites: Sequence[Site], heads: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """The cells of a [site][query head] table, by KV group of all sites."""
+    return [
+        list(row[g * site.per_group : (g + 1) * site.per_group])
+        for site, row in zip(sites, heads, strict=False)
+        for g in range(site.kv_heads)
+    ]
+
+
+def _known(cells: Sequence[Any]) -> list[float]:
+    return [float(cell) for cell in cells if cell is not None]
+
+
+def _mean(cells: Sequence[float]) -> float:
+    return sum(cells) / len(cells)
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Rank correlation, equal values sharing their mean rank; None where one of them does not vary."""
+    import numpy as np
+
+    def ranked(values: Sequence[float]) -> Any:
+        _, place, count = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+        return (np.cumsum(count) - (count - 1) / 2)[place]
+
+    a, b = ranked(one), ranked(other)
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else None

@@ -1,0 +1,116 @@
+"""Learned selection: gates between full attention and a candidate, trained for a few steps with the model frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..convert.hosts import models
+from ..convert.hosts.transformers import Conversion, Site, SiteOperators, all_full, refusal
+from ..convert.observation import Learned, Table
+from ..convert.text import Needles
+from ..kernels import operators
+from ..kernels.call import Call
+from ..kernels.spec import Full, Spec, label
+from .loop import Trainer
+from .objectives import distillation
+
+if TYPE_CHECKING:
+    from ..convert.progress import Track
+
+Method = Literal["duo", "linvideo"]
+RATE = 0.02  # DuoAttention's
+SPARSITY = 0.05  # weight of its mean gate
+CONSTRAINT = 0.01  # weight of LinVideo's two terms
+SHARPNESS = (20.0, 2.0)  # LinVideo's α, from the first step to the last
+CHUNK = 256
+
+
+def learn_gates(
+    method: Method,
+    model: Any,
+    sites: Sequence[Site],
+    needles: Needles,
+    spec: Spec,
+    *,
+    steps: int,
+    full: float,
+    seed: int,
+    learned: Learned,
+    folder: Path,
+    track: Track,
+) -> Table:
+    """A gate per KV group, [site][KV group] in 0 … 1: o = g · full + (1 − g) · candidate, the model itself frozen.
+
+    `duo`: the error of the last hidden states where the answer is predicted, plus 0.05 mean |g|, from g = 1
+    (DuoAttention, Xiao et al. 2024). `linvideo`: KL to the teacher on the text, plus 0.01 times the constraint
+    (Σ⌈r⌋ − target)², where the share `full` of the groups stays full, and the rounding term Σ(1 − |2r − 1|^α) with α
+    from 20 to 2, from r = 1/2 (LinVideo, 2025; per KV group here, per layer there).
+    """
+    start = 1.0 if method == "duo" else 0.5
+    gates = {s.name: nn.Parameter(torch.full((s.kv_heads,), start, device=model.device)) for s in sites}
+    fixed = {s.name for s in sites if refusal(s, spec)}
+    trainer = Trainer(
+        f"gates-{method}", gates, torch.optim.AdamW(list(gates.values()), lr=RATE, weight_decay=0.0),
+        RATE, steps, 0.05, 1e9, 20, folder,
+    )  # fmt: skip
+    at = needles.answer[0].to(model.device) - 1
+    target = full * sum(s.kv_heads for s in sites)
+    conversion = Conversion(model, all_full(sites))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+
+    def observe(site: SiteOperators, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        name = site.site.name
+        o, _ = operators.attend(Full(), q, k, v, call)
+        if name in fixed:
+            return o
+        other, _ = operators.attend(spec, q, k, v, call, None, learned.get((name, label(spec))))
+        g = bounded(gates[name]).to(o.dtype).repeat_interleave(q.shape[1] // k.shape[1])[:, None, None]
+        return g * o + (1 - g) * other
+
+    def step(ids: Tensor) -> dict[str, float]:
+        with torch.no_grad():
+            want = models.trunk(model)(ids, use_cache=False).last_hidden_state
+        with torch.enable_grad(), conversion.observe(observe):
+            got = models.trunk(model)(ids, use_cache=False).last_hidden_state
+            flat = torch.cat(list(gates.values()))
+            if method == "duo":
+                error = (got[:, at] - want[:, at]).float().square().mean()
+                loss = error + SPARSITY * flat.abs().mean()
+            else:
+                error = distillation(model, want, got, CHUNK)
+                done = trainer.at / max(1, steps - 1)
+                loss = error + CONSTRAINT * (constraint(flat, target) + rounding(flat, done))
+            loss.backward()
+        return {"loss": loss.item(), "error": error.item(), "mean_gate": bounded(flat).mean().item()}
+
+    try:
+        trainer.run(step, needles.ids, 1, seed, track)
+    finally:
+        conversion.remove()
+        for p in trainable:
+            p.requires_grad_(True)
+    return {method: [[None if s.name in fixed else x for x in bounded(gates[s.name]).tolist()] for s in sites]}
+
+
+def bounded(gates: Tensor) -> Tensor:
+    """Clipped to 0 … 1; the gradient passes, so that a gate may come back."""
+    return gates + (gates.clamp(0, 1) - gates).detach()
+
+
+def constraint(gates: Tensor, target: float) -> Tensor:
+    """(Σ⌈r⌋ − target)², the rounding passed straight through."""
+    inside = bounded(gates)
+    rounded = inside + (inside.round() - inside).detach()
+    return (rounded.sum() - target).square()
+
+
+def rounding(gates: Tensor, done: float) -> Tensor:
+    """Σ(1 − |2r − 1|^α), α falling from 20 to 2 while `done` goes from 0 to 1: pushes r to 0 or 1."""
+    sharpness = SHARPNESS[0] + (SHARPNESS[1] - SHARPNESS[0]) * done
+    return (1 - (2 * bounded(gates) - 1).abs().clamp_min(1e-6).pow(sharpness)).sum()

@@ -1,0 +1,160 @@
+"""A run and what its stages share: the model, its sites, its texts, what candidates learned and what they cost."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..convert.costs import Costs, require_costs
+from ..convert.costs_measure import here, measure_costs
+from ..convert.files import read_json, write_json
+from ..convert.hosts.models import find_sites
+from ..convert.hosts.transformers import Site
+from ..convert.plan import Plan, read_plan
+from ..convert.progress import Track, silent
+from ..convert.recipe_schema import TransferSettings
+from ..convert.sources import Document, fetch_model, load_model, read_texts, refuse_overlap
+from ..convert.text import Needles, needles, sequences
+from ..kernels.spec import label
+from .loop import fit_operators, load_student
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..convert.recipe import NeedleSettings, Recipe
+    from ..convert.runs import Run
+
+log = logging.getLogger("attnconvert")
+STUDENT = "student"  # the arm that is exported
+COSTS = "costs.json"
+
+
+class Work:
+    """A run and what its stages share: the model, loaded once when first needed, its sites and its texts."""
+
+    def __init__(self, run: Run, track: Track = silent) -> None:
+        self.run, self.track = run, track
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.run.recipe
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        files = fetch_model(self.recipe.model, track=self.track)
+        log.info("loading %s", files.name)
+        model, tokenizer = load_model(files, self.recipe.model)
+        self.run.record(model={"name": files.name, "revision": files.revision, "sha256": files.sha256})
+        return model, tokenizer
+
+    @property
+    def model(self) -> Any:
+        """The teacher, as it came."""
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._loaded[1]
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        return find_sites(self.model)
+
+    @cached_property
+    def calibration(self) -> list[Document]:
+        return read_texts(self.recipe.text.calibration, track=self.track)
+
+    @cached_property
+    def heldout(self) -> list[Document]:
+        return read_texts(self.recipe.text.heldout, track=self.track)
+
+    def needles(self, settings: NeedleSettings, documents: Sequence[Document], seed: int) -> Needles:
+        return needles(self.tokenizer, documents, settings.template, settings.cases, settings.length, seed)
+
+    def check_heldout(self) -> None:
+        """Whether evaluation will have the text it needs: better said now than after hours of training.
+
+        Raises:
+            UsageError: it is too short, or overlaps the calibration text.
+        """
+        settings = self.recipe.evaluate
+        refuse_overlap(self.calibration, self.heldout)
+        for length in settings.lengths:
+            sequences(self.tokenizer, self.heldout, settings.sequences, length, settings.seed)
+        self.needles(settings.needles, self.heldout, settings.seed)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Which model this is: a profile of another one is refused."""
+        self._loaded  # noqa: B018 - records what was loaded
+        return dict(self.run.manifest()["model"])
+
+    def profile_texts(self) -> Tensor:
+        """(n, S) calibration tokens of the profile."""
+        settings = self.recipe.profile
+        return sequences(self.tokenizer, self.calibration, settings.sequences, settings.length, settings.seed)
+
+    def cost_lengths(self) -> list[int]:
+        """The lengths that budgets and timings of the recipe speak of."""
+        wanted = [self.recipe.select, *(arm.select for arm in self.recipe.compare)]
+        found = {n for settings in wanted for by_length in (settings.budgets or {}).values() for n in by_length}
+        found |= set(self.recipe.evaluate.speed.lengths if self.recipe.evaluate.speed else ())
+        return sorted(found) or [2048, 8192]
+
+    def costs(self, lengths: Sequence[int] = (), batch: int = 1, repeats: int = 3) -> Costs:
+        """What the kernels take on this machine, from costs/costs.json of the run; measured where that does not say."""
+        path, wanted = self.run.path / "costs" / COSTS, sorted({*(lengths or self.cost_lengths())})
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        if path.exists():
+            costs = Costs.from_json(read_json(path))
+            if set(wanted) <= set(costs.lengths) and set(self.recipe.profile.candidates) <= set(costs.candidates):
+                require_costs(costs, here(self.model.device), dtype, batch, self.sites)
+                return costs
+        costs = measure_costs(
+            self.sites,
+            self.recipe.profile.candidates,
+            lengths=wanted,
+            batch=batch,
+            dtype=dtype,
+            device=self.model.device,
+            repeats=repeats,
+            folder=path.parent,
+            track=self.track,
+            model=self.model,
+        )
+        write_json(path, costs.to_json())
+        return costs
+
+    def learned(self, texts: Tensor) -> dict[tuple[str, str], nn.Module]:
+        """What the candidates that learn come to in a brief attention transfer on `texts` (n, S)."""
+        settings, found = self.recipe.profile, {}
+        brief = TransferSettings(steps=settings.transfer_steps)
+        for spec in settings.candidates:
+            folder = self.run.folder("profile") / f"fit-{label(spec)}"
+            found.update(fit_operators(self.model, self.sites, spec, texts, brief, settings.seed, folder, self.track))
+        return found
+
+    def plans(self) -> dict[str, Plan]:
+        """The plan of every arm, the student's first."""
+        folder = self.run.folder("select")
+        arms = {STUDENT: read_plan(self.run.plan)}
+        return arms | {arm.name: read_plan(folder / f"{arm.name}.yaml") for arm in self.recipe.compare}
+
+    def trained(self, arm: str) -> Path | None:
+        """The folder of what an arm learned, or None for one that is not trained."""
+        settings = self.recipe.distill
+        if not settings.lora and not settings.transfer:
+            return None
+        if arm != STUDENT and not next(a for a in self.recipe.compare if a.name == arm).distill:
+            return None
+        return self.run.folder("distill") / arm
+
+    def student(self, arm: str) -> Any:
+        """A copy of the model, converted as this arm."""
+        model = copy.deepcopy(self.model)
+        load_student(model, self.plans()[arm].for_sites(self.sites), self.trained(arm))
+        return model

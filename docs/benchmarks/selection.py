@@ -1,0 +1,228 @@
+"""The study behind docs/selection.md: every statistic and every selector, on SmolLM2, side by side.
+
+    make study                          everything; continues where it stopped
+    python docs/benchmarks/selection.py --seeds 1 --cases 10 --out runs/study-small --results /tmp/selection.json
+
+For each seed the model is profiled afresh (other calibration text, other needles, other gates). Each selector then
+makes a plan for each budget, and every distinct plan is judged on held-out text of two domains with needle templates
+that no profile has seen. Writes selection.json beside this file and the tables of docs/selection.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import selection_tables
+import torch
+from scipy.stats import spearmanr
+
+from attnconvert import pipeline
+from attnconvert.convert.damage import Group, kl, measured_positions, plan_key, replaced
+from attnconvert.convert.files import stored, write_json
+from attnconvert.convert.hosts import models
+from attnconvert.convert.machine import hardware, versions
+from attnconvert.convert.profiling import Profile
+from attnconvert.convert.progress import Track, rich_track
+from attnconvert.convert.recipe import SelectSettings, load_recipe
+from attnconvert.convert.recipe_inputs import TextSource
+from attnconvert.convert.refinement import chosen_groups
+from attnconvert.convert.runs import Run
+from attnconvert.convert.sources import read_texts
+from attnconvert.convert.text import Needles, needles
+from attnconvert.distill.work import Work
+from attnconvert.kernels.spec import Spec, label
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "selection.json"
+RECIPE = HERE / "selection-study.yaml"
+BUDGETS = (0.6, 0.75)  # share of the KV groups that is converted
+TEMPLATES = ("account", "train", "shelf")  # one per seed; none of them is profiled on
+LENGTH = 640
+CODE = {"package": {"name": "networkx", "version": "3.6.1", "files": ["networkx/algorithms/**/*.py"]}}
+METHODS: dict[str, dict[str, Any]] = {
+    "damage, refined": {"method": "damage", "rounds": 2, "measure_cases": 2},
+    "damage": {"method": "damage"},
+    "damage, KL alone": {"method": "damage", "needle_weight": 0.0},
+    "greedy": {"method": "greedy"},
+    "restore": {"method": "restore", "measure_cases": 1},
+    "first_order": {"method": "first_order"},
+    "output_error": {"method": "output_error"},
+    "mass": {"method": "mass"},
+    "moa": {"method": "moa"},
+    "duo": {"method": "duo"},
+    "linvideo": {"method": "linvideo"},
+    "interleaved": {"method": "interleaved"},
+    "uniform": {"method": "uniform"},
+    "random": {"method": "random"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cases", type=int, default=25, help="needle cases per seed and domain")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--out", type=Path, default=HERE.parent.parent / "runs" / "study")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    track = rich_track()
+    rows: list[dict[str, Any]] = []
+    statistics: list[dict[str, Any]] = []
+    works: list[Work] = []
+    for seed in range(given.seeds):
+        recipe = load_recipe(RECIPE, [f"profile.seed={seed}", f"select.seed={seed}"])
+        work = Work(Run.create(recipe, given.out / f"seed-{seed}"), track)
+        if works:  # one model in memory
+            work.__dict__["_loaded"] = works[0]._loaded
+        works.append(work)
+        pipeline.run_stages(work, "profile")
+        profile = pipeline.measured_profile(work.run)
+        statistics += correlations(profile, seed)
+        plans = {
+            (name, budget): plan_of(work, profile, name, budget, seed) for name in given.methods for budget in BUDGETS
+        }
+        for domain in ("speeches", "code"):
+            judge = Judge(work, domain, seed, given.cases, track)
+            for (name, budget), (plan, told) in plans.items():
+                rows.append({"method": name, "budget": budget, "seed": seed, **told, **judge(plan)})
+    document = {
+        "schema": 1,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "make study",
+        "machine": hardware(),
+        "versions": versions(),
+        "data": {"cases": given.cases, "length": LENGTH, "templates": TEMPLATES[: given.seeds], "seeds": given.seeds},
+        "statistics": statistics,
+        "selectors": rows,
+    }
+    write_json(given.results, document)
+    if given.results == RESULTS:
+        selection_tables.write(document)
+
+
+def plan_of(
+    work: Work, profile: Profile, name: str, budget: float, seed: int
+) -> tuple[dict[Group, Spec], dict[str, Any]]:
+    """The plan of a method, with what it took and what it predicted; kept in the run."""
+    folder = work.run.path / "study"
+    settings = SelectSettings(groups=budget, seed=seed, **METHODS[name])
+    path = folder / f"plan-{name.replace(', ', '-').replace(' ', '-')}-{round(100 * budget)}.json"
+
+    def choose() -> dict[str, Any]:
+        start = time.perf_counter()
+        found, history = pipeline.choose(work, profile, settings, folder)
+        groups = {f"{n}.{g}": label(s) for (n, g), s in chosen_groups(profile, found.plan).items()}
+        seconds = time.perf_counter() - start
+        told = {"predicted": dict(found.predicted), "gap": found.gap, "seconds": seconds, "rounds": len(history)}
+        return {"groups": groups, "told": told}
+
+    kept = stored(path, choose)
+    groups = {(int(n), int(g)): profile.candidates[s] for key, s in kept["groups"].items() for n, g in [key.split(".")]}
+    return groups, kept["told"]
+
+
+class Judge:
+    """Measures plans on held-out text of a domain; what is measured is kept by plan."""
+
+    def __init__(self, work: Work, domain: str, seed: int, cases: int, track: Track) -> None:
+        self.work, self.domain, self.track = work, domain, track
+        self.template = TEMPLATES[seed % len(TEMPLATES)]
+        documents = work.heldout if domain == "speeches" else read_texts(TextSource.model_validate(CODE), track=track)
+        self.task: Needles = needles(work.tokenizer, documents, self.template, cases, LENGTH, 1000 + seed)
+        self.folder = work.run.path / "study" / f"{domain}-{cases}"
+        self.teacher: list[torch.Tensor] = []
+
+    def __call__(self, chosen: Mapping[Group, Spec]) -> dict[str, Any]:
+        found = stored(self.folder / f"{plan_key(chosen)}.json", lambda: self._measure(chosen))
+        full = stored(self.folder / f"{plan_key({})}.json", lambda: self._measure({}))
+        total = sum(site.kv_heads for site in self.work.sites)
+        teacher = {f"teacher_{name}": full[name] for name in ("exact", "digits", "perplexity")}
+        return {"domain": self.domain, "template": self.template, "converted": len(chosen) / total, **found, **teacher}
+
+    @torch.no_grad()
+    def _measure(self, chosen: Mapping[Group, Spec]) -> dict[str, Any]:
+        work, task = self.work, self.task
+        if not self.teacher:
+            self.teacher = [self._logits(n) for n in self.track(range(len(task.ids)), f"{self.domain}: teacher")]
+        total = {"kl": 0.0, "loss": 0.0, "exact": 0.0, "digits": 0.0}
+        with replaced(work.model, work.sites, chosen, {}):
+            for n, want in enumerate(self.track(self.teacher, f"{self.domain}: {len(chosen)} groups converted")):
+                got = self._logits(n)
+                at = measured_positions(task.answer[n])
+                target = task.ids[n, at + 1]
+                width = task.answer.shape[1]
+                total["kl"] += kl(want.float(), got.float())[:-width].mean().item()
+                loss = torch.nn.functional.nll_loss(got.float(), target, reduction="none")
+                total["loss"] += loss[:-width].mean().item()
+                hits = (got.argmax(-1) == target)[-width:].float()
+                total["exact"] += float(hits.min())
+                total["digits"] += float(hits.mean())
+        mean = {name: value / len(task.ids) for name, value in total.items()}
+        perplexity = float(torch.tensor(mean.pop("loss")).exp())
+        return {**mean, "perplexity": perplexity, "cases": len(task.ids)}
+
+    def _logits(self, case: int) -> torch.Tensor:
+        ids = self.task.ids[case][None]
+        at = measured_positions(self.task.answer[case])
+        return models.logits_at(self.work.model, ids, at)[0].float().log_softmax(-1).to(self.work.model.dtype)
+
+
+# --- what predicts damage ---------------------------------------------------------------------------------------------
+
+
+def correlations(profile: Profile, seed: int) -> list[dict[str, Any]]:
+    """Spearman of every statistic with the measured damage of the candidates, over KV groups."""
+    rows = []
+    for name in profile.candidates:
+        for statistic, values in statistics_of(profile, name).items():
+            row: dict[str, Any] = {"statistic": statistic, "candidate": name, "seed": seed}
+            for measure in ("kl", "needle"):
+                damage = [x for row_ in profile.damage[name][measure] for x in row_]
+                row[measure] = rank_correlation(values, damage)
+            rows.append(row)
+    return rows
+
+
+def rank_correlation(one: Sequence[float | None], other: Sequence[float | None]) -> float:
+    pairs = [(x, y) for x, y in zip(one, other, strict=True) if x is not None and y is not None]
+    return float(spearmanr([x for x, _ in pairs], [y for _, y in pairs]).statistic)
+
+
+def statistics_of(profile: Profile, candidate: str) -> dict[str, list[float | None]]:
+    """A number per KV group for every statistic: sums of errors and effects, means of shares, the highest retrieval."""
+    tables: dict[str, tuple[Any, Callable[[list[float]], float]]] = {
+        name: (table, max if name == "retrieval" else mean) for name, table in profile.statistics.items()
+    }
+    tables["mass_lost"] = (profile.mass_lost[candidate], mean)
+    for name in ("output_error", "output_change", "first_order", "first_order_needle"):
+        table = getattr(profile, name, {}).get(candidate)
+        if table is not None:
+            tables[name] = (table, sum)
+    found = {
+        name: [
+            combine(heads(row, site.heads // site.kv_heads, g))
+            for site, row in zip(profile.sites, table, strict=True)
+            for g in range(site.kv_heads)
+        ]
+        for name, (table, combine) in tables.items()
+    }
+    for name, table in profile.gates.items():
+        found[f"gate of {name}"] = [x for row in table for x in row]
+    return found
+
+
+def heads(row: Sequence[float], per: int, group: int) -> list[float]:
+    return list(row[group * per : (group + 1) * per])
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+if __name__ == "__main__":
+    main()
