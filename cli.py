@@ -277,8 +277,10 @@ def _run_again(folder: Path, changed: Sequence[str]) -> None:
     from .convert.recipe import load_recipe
     from .convert.runs import Run
 
-    path = _open(folder).path / "recipe.yaml"
-    Run.create(load_recipe(str(path), changed), folder)
+    run = _open(folder)
+    recipe = load_recipe(str(run.path / "recipe.yaml"), changed)
+    _pipeline().check_selection(run, recipe.select)
+    Run.create(recipe, folder)
 
 
 def _check_plan(folder: Path, plan: Path, terminal: Terminal) -> None:

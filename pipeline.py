@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from .convert import evaluation
 from .convert.card import model_card
+from .convert.costs import Costs
 from .convert.damage import Group, Joint, marginal_damage
 from .convert.errors import GateMissed, UsageError
 from .convert.export import export, verify
 from .convert.files import read_json, stored, write_json
+from .convert.fronts import front
 from .convert.hosts.transformers import all_full
 from .convert.keys import STAGES
 from .convert.machine import hardware
 from .convert.observation import Learned, Table
-from .convert.plan import read_plan, write_plan
+from .convert.plan import Plan, read_plan, write_plan
 from .convert.profiling import Profile, profile
 from .convert.progress import Track, silent
 from .convert.recipe_inputs import ModelSource
@@ -31,7 +33,7 @@ from .convert.text import Needles, sequences
 from .distill.gates import learn_gates
 from .distill.loop import distill
 from .distill.samples import prompts, read_samples, sample
-from .distill.work import STUDENT, Work
+from .distill.work import COSTS, STUDENT, Work, identity
 from .kernels.spec import Spec
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("attnconvert")
 PROFILE, SELECT, EVALUATION, EXPORTED = "profile.json", "select.json", "evaluation.json", "exported.json"
+FRONT = "front.json"
 
 
 def profile_stage(work: Work) -> None:
@@ -64,7 +67,7 @@ def profile_stage(work: Work) -> None:
             learned=learned,
             data={
                 "model": type(work.model).__name__,
-                "identity": work.identity,
+                "identity": identity(work.run),
                 "element": work.model.dtype.itemsize,
                 "text": _described(work.calibration),
                 **settings.model_dump(mode="json", exclude={"candidates"}),
@@ -102,25 +105,34 @@ def select_stage(work: Work) -> None:
     """plan.yaml for the student, select/<arm>.yaml for the others, select/select.json for all"""
     with work.run.stage("select") as folder:
         measured = measured_profile(work.run)
-        known = work.run.manifest().get("model")
-        if known:
-            require_profile(measured, known | {"model": measured.data["model"]}, work.recipe.profile.candidates)
+        require_profile(measured, identity(work.run), work.recipe.profile.candidates)
         arms: dict[str, Any] = {}
+        plans: dict[str, Plan] = {}
         wanted = {STUDENT: work.recipe.select} | {arm.name: arm.select for arm in work.recipe.compare}
         for name, settings in wanted.items():
             chosen, history = choose(work, measured, settings, folder)
+            plans[name] = chosen.plan
             arms[name] = chosen.to_json() | ({"refinement": history} if history else {})
             write_plan(work.run.plan if name == STUDENT else folder / f"{name}.yaml", chosen.plan)
+        costs = work.costs() if in_time(work.recipe.select) else None
+        try:
+            write_json(folder / FRONT, front(measured, work.recipe.select, costs, chosen=plans))
+        except UsageError as error:
+            log.info("no front: %s", error)
         write_json(folder / SELECT, {"schema": 1, "arms": arms})
+
+
+def in_time(settings: SelectSettings) -> bool:
+    """Whether a budget is in milliseconds."""
+    return any(resource.endswith("_ms") for resource in settings.budgets or ())
 
 
 def choose(
     work: Work, measured: Profile, settings: SelectSettings, folder: Path
 ) -> tuple[Selection, list[dict[str, Any]]]:
     """The plan of one arm; the model is loaded only where whole plans or times must be measured."""
-    model, costs = measured.data["model"], None
-    if any(resource.endswith("_ms") for resource in settings.budgets or ()):
-        costs = work.costs()
+    model = measured.data["model"]
+    costs = work.costs() if in_time(settings) else None
     needs_model = settings.rounds or settings.keep_quality is not None or settings.method == "restore"
     if not needs_model:
         return select(measured, settings, model, costs=costs), []
@@ -292,6 +304,17 @@ def run_one(work: Work, stage: str) -> None:
         write_report(work.run.path)
     else:
         log.info("%s is done already", stage)
+
+
+def check_selection(run: Run, settings: SelectSettings) -> None:
+    """Raises what `select` would say of these settings, as far as that is known without the model: before anything of
+    the run is given up for them."""
+    profiled, timed = run.folder("profile") / PROFILE, run.path / "costs" / COSTS
+    if not profiled.exists() or settings.method == "restore" or (in_time(settings) and not timed.exists()):
+        return
+    measured = measured_profile(run)
+    costs = Costs.from_json(read_json(timed)) if in_time(settings) else None
+    select(measured, settings.model_copy(update={"keep_quality": None}), measured.data["model"], costs=costs)
 
 
 def measured_profile(run: Run) -> Profile:

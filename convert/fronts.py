@@ -89,6 +89,8 @@ class _Judge:
         self.settings = settings.model_copy(update={**free, "budgets": budgets, "method": best})
         self.costs = costs
         task = make_task(profile, self.settings, costs)
+        if not task.units:
+            raise UsageError("there is no front: this model has no attention that could be converted")
         self.budget: Budget = task.budgets[0]
         self.least = self.budget.base + cheapest_each(task.skeleton)[self.budget.name][0]
         self.losses: Losses = losses_of(task)

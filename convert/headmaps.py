@@ -14,11 +14,12 @@ from html import escape
 
 # Okabe and Ito's colours, which people who confuse red and green can tell apart, by kind of operator
 OPERATOR_COLOURS: Mapping[str, tuple[str, ...]] = {
-    "window": ("#0072b2", "#56b4e9", "#00416b"),
+    "window": ("#0072b2", "#56b4e9", "#00416b", "#7d8fc9", "#4a4e9e"),
     "hybrid": ("#e69f00", "#f5cb6e", "#9a6a00"),
     "linear": ("#d55e00", "#f2a36b", "#8a3d00"),
+    "retention": ("#009e73", "#72d1b5", "#00573f"),
 }
-OTHER_COLOURS = ("#009e73", "#cc79a7", "#72d1b5", "#8f4a72")
+OTHER_COLOURS = ("#cc79a7", "#8f4a72", "#e8bcd4", "#5e3350")
 FULL = "var(--full, #d5dbe2)"
 INK, MUTED, GRID = "var(--ink, #1f2328)", "var(--muted, #59636e)", "var(--grid, #e4e9ee)"
 
@@ -226,7 +227,7 @@ class Thumbnail:
 
 def mask_thumbnails(masks: Sequence[Thumbnail], *, describe: str, width: float = 1000.0) -> str:
     """SVG of the masks side by side: queries downwards, keys to the right, partial blocks fainter than full ones."""
-    pitch, side, head = 200.0, 168.0, 34.0
+    pitch, side, head = 200.0, 168.0, 24.0
     across = max(1, int(width // pitch))
     tall = head + side + 16.0 * max((len(mask.words) for mask in masks), default=0) + 22
     legend, top = _legend(

@@ -75,7 +75,8 @@ def pareto(front: Mapping[str, Any], x_label: str, y_label: str, measured: Mappi
         _arms(axis, arms, measured, floor)
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_xlim(0, 102)
+        least = 100 * min(x for points in (line, *others.values(), list(arms.values())) for x, _ in points)
+        axis.set_xlim(0 if least < 50 else least - 0.08 * (100 - least), 102 if least < 50 else 100)
         axis.set_xlabel(x_label)
         axis.set_ylabel(y_label)
         figure.legend(loc="outside right upper", borderaxespad=0.6)
@@ -108,6 +109,7 @@ def _selector(axis: Axes, name: str, points: Sequence[tuple[float, float]], floo
 def _arms(axis: Axes, arms: Mapping[str, tuple[float, float]], measured: Mapping[str, float], floor: float) -> None:
     """The plans of the run: a star where the single losses put them, a hollow one where they were measured."""
     said = False
+    labels: dict[tuple[str, str], tuple[float, float, list[str]]] = {}  # plans in one place share a label
     for arm, (x, y) in arms.items():
         size = 13 if arm == "student" else 9
         ends = [max(y, floor)]
@@ -118,7 +120,9 @@ def _arms(axis: Axes, arms: Mapping[str, tuple[float, float]], measured: Mapping
             hollow: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": INK, "linestyle": "", "zorder": 5}
             axis.plot([100 * x], ends[1:], marker="*", markersize=size, **hollow)
             said = True
-        axis.annotate(arm, (100 * x, max(ends)), (7, 4), textcoords="offset points", color=INK, fontsize=9)
+        labels.setdefault((f"{x:.2f}", f"{max(ends):.2g}"), (100 * x, max(ends), []))[2].append(arm)
+    for x, y, names in labels.values():
+        axis.annotate(", ".join(names), (x, y), (7, 4), textcoords="offset points", color=INK, fontsize=9)
     if arms:
         axis.plot([], [], marker="*", markersize=9, color=INK, linestyle="", label="plans of this run, predicted")
     if said:
@@ -202,7 +206,7 @@ def refinement(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Plot | N
             words = {"single damages": "single", "around the plan": "around it"}
             names = [f"{line['round']}\n{words.get(line['scores'], line['scores'])}" for line in lines]
             axis.set_xticks(at, names, fontsize=8)
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.12 * max((*loss, *(y for _, y in told), 1e-9)))
             axis.set_xlim(-0.4, len(lines) - 0.6)
             axis.set_xlabel("round, and the scores that were used")
             axis.set_title(arm if len(shown) > 1 else "", fontsize=9.5)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .artefacts import Artefacts, Site, dig
 from .headmaps import MUTED, Thumbnail, mask_thumbnails, operator_colours
 from .report_html import NONE, details, duration, figure, number, percent, section, size, table, tokens
+
+if TYPE_CHECKING:
+    from .plots_selection import Panel
 
 RETRIEVES = 0.1  # retrieval score from which on a group is set off
 SCATTERS = 2  # candidates whose scores are drawn; the table has all
@@ -288,37 +291,18 @@ def _kept(window: int, sinks: int, keep: int, length: int) -> list[tuple[float, 
 
 def predictors_part(run: Artefacts, pictures: Pictures) -> str:
     """Cheap scores against measured damage, KV group by KV group, with their rank correlation."""
-    damage = dig(run.profile, "damage", default={})
-    names = [name for name in damage if dig(damage, name, "kl")]
-    if not names:
+    names = [name for name, table in dig(run.profile, "damage", default={}).items() if dig(table, "kl")]
+    panels = {name: found for name in names if (found := _panels(run, name))}
+    if not panels:
         return ""
-    from .plots_selection import Panel, predictors
+    from .plots_selection import predictors
 
-    marked = [
-        max(_known(scores), default=0.0) >= RETRIEVES
-        for scores in _by_group(run.sites, dig(run.profile, "statistics", "retrieval", default=[]))
-    ]
-    ranks: dict[str, dict[str, float | None]] = {}
     drawn: list[tuple[str, str]] = []
-    for name in names:
-        panels = []
-        for title, measure, scores in _scores(run, name):
-            harm = [cell for row in damage[name].get(measure) or [] for cell in row]
-            flags = marked or [False] * len(harm)
-            rows = [(x, y, m) for x, y, m in zip(scores, harm, flags, strict=False) if x is not None and y is not None]
-            if len(rows) < 3:
-                continue
-            x, y, on = [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
-            rank = spearman(x, y)
-            ranks.setdefault(f"{title} → {MEASURES[measure]}", {})[name] = rank
-            unit = f"{MEASURES[measure]}, nats per token"
-            panels.append(Panel(title=title, score=x, damage=y, marked=on, rank=rank, unit=unit))
-        plot = predictors(panels, f"retrieval score ≥ {RETRIEVES:g}", name) if len(drawn) < SCATTERS else None
+    for name in list(panels)[:SCATTERS]:
+        plot = predictors(panels[name], f"retrieval score ≥ {RETRIEVES:g}", name)
         if plot:
             pictures |= {f"predictors-{name}.svg": plot.svg, f"predictors-{name}.png": plot.png}
             drawn.append((name, plot.inline))
-    if not ranks:
-        return ""
     caption = (
         "Each dot is a KV group: what a cheap score says of it, and what converting it alone was measured to cost. ρ "
         "is Spearman's rank correlation, ±1 where the score puts the groups in the same order; damage of 0 and less "
@@ -326,18 +310,39 @@ def predictors_part(run: Artefacts, pictures: Pictures) -> str:
     )
     first = figure(drawn[0][1], f"<b>{escape(drawn[0][0])}.</b> {caption}") if drawn else ""
     more = "".join(details(f"The same for {name}", figure(picture)) for name, picture in drawn[1:])
-    return "<h3>What predicts the damage</h3>" + first + more + _rank_table(ranks, names)
+    return "<h3>What predicts the damage</h3>" + first + more + _rank_table(panels)
+
+
+def _panels(run: Artefacts, name: str) -> list[Panel]:
+    """Every score of a candidate that is known of at least three groups."""
+    from .plots_selection import Panel
+
+    retrieval = _by_group(run.sites, dig(run.profile, "statistics", "retrieval", default=[]))
+    marks = [max(_known(scores), default=0.0) >= RETRIEVES for scores in retrieval]
+    panels = []
+    for title, measure, scores in _scores(run, name):
+        harm = [cell for row in dig(run.profile, "damage", name, measure, default=[]) for cell in row]
+        flags = marks or [False] * len(harm)
+        rows = [(x, y, m) for x, y, m in zip(scores, harm, flags, strict=False) if x is not None and y is not None]
+        if len(rows) >= 3:
+            x, y, on = [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
+            unit = f"{MEASURES[measure]}, nats per token"
+            panels.append(Panel(title=title, score=x, damage=y, marked=on, rank=spearman(x, y), unit=unit))
+    return panels
 
 
 MEASURES = {"kl": "KL", "needle": "needle loss"}
 
 
-def _rank_table(ranks: Mapping[str, Mapping[str, float | None]], names: Sequence[str]) -> str:
-    def cell(rank: float | None) -> str:
-        return NONE if rank is None else f"{rank:.2f}".replace("-", "\u2212")
-
-    rows = [[escape(title), *(cell(row.get(name)) for name in names)] for title, row in ranks.items()]
-    return table(["Spearman's ρ of", *(escape(name) for name in names)], rows)
+def _rank_table(panels: Mapping[str, Sequence[Panel]]) -> str:
+    """Rank correlations of all scores, a column per candidate."""
+    ranks: dict[str, dict[str, str]] = {}
+    for name, found in panels.items():
+        for panel in found:
+            told = NONE if panel.rank is None else f"{panel.rank:.2f}".replace("-", "\u2212")
+            ranks.setdefault(f"{panel.title} → {panel.unit.partition(',')[0]}", {})[name] = told
+    rows = [[escape(title), *(row.get(name, NONE) for name in panels)] for title, row in ranks.items()]
+    return table(["Spearman's ρ of", *(escape(name) for name in panels)], rows)
 
 
 def _scores(run: Artefacts, name: str) -> list[tuple[str, str, list[float | None]]]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..kernels.spec import Full, Spec, label
 from .budgets import Losses, Task, make_task, retrieval_score
+from .choosers import SELECTORS, Chosen
 from .costs import Costs
 from .damage import Group, Measure
 from .errors import UsageError
@@ -25,7 +26,6 @@ from .plan import Plan
 from .profiling import Profile
 from .program import Infeasible, Program, Solution, cheapest, solve
 from .relaxation import Ints
-from .choosers import SELECTORS, Chosen
 
 if TYPE_CHECKING:
     from .recipe import SelectSettings

@@ -87,12 +87,6 @@ class Work:
             sequences(self.tokenizer, self.heldout, settings.sequences, length, settings.seed)
         self.needles(settings.needles, self.heldout, settings.seed)
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Which model this is: a profile of another one is refused."""
-        self._loaded  # noqa: B018 - records what was loaded
-        return dict(self.run.manifest()["model"])
-
     def profile_texts(self) -> Tensor:
         """(n, S) calibration tokens of the profile."""
         settings = self.recipe.profile
@@ -158,3 +152,9 @@ class Work:
         model = copy.deepcopy(self.model)
         load_student(model, self.plans()[arm].for_sites(self.sites), self.trained(arm))
         return model
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """Which model a run has, as far as it is known yet: a profile of another one is refused."""
+    found = run.manifest().get("model", {})
+    return {"model": found.get("name"), "revision": found.get("revision"), "sha256": found.get("sha256")}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -41,9 +41,9 @@ class Variant:
 T = TypeVar("T")
 
 
-def widest(tiles: Callable[[int], Iterable[T]], dims: tuple[int, ...] = (64, 128, 256)) -> list[tuple[int, T]]:
-    """Each of the `tiles` of these head dimensions, beside the largest dimension that takes it: it needs the most."""
-    found = {tile: dim for dim in dims for tile in tiles(dim)}
+def widest(tiles: Mapping[int, Iterable[T]]) -> list[tuple[int, T]]:
+    """Each of the tiles that head dimensions take, beside the largest dimension that takes it: it needs the most."""
+    found = {tile: dim for dim in sorted(tiles) for tile in tiles[dim]}
     return [(dim, tile) for tile, dim in found.items()]
 
 

@@ -328,7 +328,7 @@ def variants(arch: str) -> Iterator[Variant]:
         types = {**dict.fromkeys(("q", "k", "fq"), f"*{name}"), "table": "*i64", "sink": "*fp32"}
         types |= {**dict.fromkeys(("sums", "lse"), "*fp32"), "scale": "fp32", "cap": "fp32"}
         types |= dict.fromkeys(("mask", "late"), "*u8")
-        for bd, (bn, bf, warps) in widest(lambda dim, wide=wide: [tiles(arch, dim, wide)], (32, 64, 128, 256)):
+        for bd, (bn, bf, warps) in widest({dim: [tiles(arch, dim, wide)] for dim in (32, 64, 128, 256)}):
             tile: dict[str, Any] = {"GROUP": 4, "ROWS": 16, "BN": bn, "BD": bd, "PRECISION": "ieee"}
             for split in (True, False) if bd == 256 and not wide else (True,):
                 constants = {**tile, "BF": bf, "SINK": True, "SPLIT": split, "LINEAR": True}

@@ -312,12 +312,12 @@ def variants(arch: str) -> Iterator[Variant]:
             **dict.fromkeys(("x", "do", "out", "dy"), f"*{name}"),
             **dict.fromkeys(("w", "w1", "b1", "w2", "b2"), "*fp32"),
         }
-        for bd, (bm, bk, warps) in widest(lambda dim, wide=wide: [tiles(arch, dim, wide)], (32, 64, 128, 256)):
+        for bd, (bm, bk, warps) in widest({dim: [tiles(arch, dim, wide)] for dim in (32, 64, 128, 256)}):
             constants: dict[str, Any] = {"BM": bm, "BK": bk, "BD": bd, "PRECISION": "ieee", "SPLIT": not wide}
             for function, stages in ((_hedgehog, 2), (_hedgehog_backward, 1)):
                 label = f"features {function.__name__[1:]} {name} {bd}"
                 yield describe(label, function, kinds, constants, warps, stages)
-        for hidden, (bm, bk, warps) in widest(lambda dim, wide=wide: [poly_tiles(arch, dim, wide)], (32, 64, HIDDEN)):
+        for hidden, (bm, bk, warps) in widest({dim: [poly_tiles(arch, dim, wide)] for dim in (32, 64, HIDDEN)}):
             constants = {"BM": bm, "BK": bk, "HIDDEN": hidden, "BN": 16, "PRECISION": "ieee", "SPLIT": not wide}
             yield describe(f"features poly {name} {hidden}", _poly, kinds, constants, warps, 1)
         constants = {"BM": 16, "BD": 256, "KIND": KINDS["softmax"], "BACKWARD": True}

@@ -70,6 +70,7 @@ POINTERS = {
     **dict.fromkeys(("valid", "left"), "*u8"),
     **dict.fromkeys(("scale", "softcap"), "fp32"),
 }
+DIMS = (64, 128, 256)  # those between take the tiles of the next one
 KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LISTED = ("starts", "counts", "columns", "kinds", "patterns")
 EXTRA = ("extra_k", "extra_v", "extra_at")
@@ -101,20 +102,17 @@ def forward_variants(arch: str) -> Iterator[Variant]:
     too. Ranges stand for lists where a tile has 16 rows, which need least, and in fp16 where they have the same tile.
     """
     for kind, lists in itertools.product(("bf16", "fp16", "fp32"), (False, True)):
-
-        def tiles(dim: int, full: bool, kind: str = kind, lists: bool = lists) -> tuple[Tile, ...]:
-            return configurations(arch, dim, KINDS[kind], full, lists)
-
         name = "lists" if lists else "ranges"
-        known = widest(lambda dim, tiles=tiles: tiles(dim, True))
+        plain, full = ({x: configurations(arch, x, KINDS[kind], y, lists) for x in DIMS} for y in (False, True))
+        known = widest(full)
         for dim, t in known:
             if not lists or kind == "fp32" or (kind == "bf16" and t.own > 16) or t.own == 64:
                 yield _forward(arch, kind, dim, t, f"{name}-full")
-        for dim, t in _more(widest(lambda dim, tiles=tiles: tiles(dim, False)), known):
+        for dim, t in _more(widest(plain), known):
             if kind != "fp16":
                 yield _forward(arch, kind, dim, t, f"{name}-capped")
         for dim in (64, 128) if kind == "bf16" and not lists else ():
-            yield _forward(arch, kind, dim, tiles(dim, False)[0], "ranges-plain")
+            yield _forward(arch, kind, dim, plain[dim][0], "ranges-plain")
 
 
 def _forward(arch: str, kind: str, dim: int, t: Tile, case: str) -> Variant:
@@ -156,9 +154,9 @@ def query_variants(arch: str) -> Iterator[Variant]:
 
     for kind in ("bf16", "fp32"):
         half = kind == "bf16"
-        for dim, t in widest(lambda dim, half=half: (query_tile(arch, half, dim),)):
+        for dim, t in widest({dim: [query_tile(arch, half, dim)] for dim in DIMS}):
             yield one(kind, dim, t, True)
-        for dim, t in widest(lambda dim, half=half: _cut(query_tile(arch, half, dim), dim)):
+        for dim, t in widest({dim: _cut(query_tile(arch, half, dim), dim) for dim in DIMS}):
             yield one(kind, dim, t, False)
     for dim in (64, 128):
         yield one("bf16", dim, query_tile(arch, True, dim), True, False)
@@ -172,18 +170,15 @@ def key_variants(arch: str) -> Iterator[Variant]:
         label = f"{'ranges' if ranges else 'lists'}-{'full' if full else 'plain'}-{kind}-{dim}-{t.own}x{t.walk}"
         return describe(arch, f"mixed-key-{label}", key_kernel, kind, constants, t.warps, t.stages)
 
-    for kind in ("bf16", "fp32"):
-        for ranges in (True, False):
-
-            def tiles(dim: int, full: bool, half: bool = kind == "bf16", ranges: bool = ranges) -> tuple[Tile, ...]:
-                t = key_tile(arch, half, dim, full, not ranges)
-                return (t,) if ranges else _cut(t, dim)
-
-            known = widest(lambda dim, tiles=tiles: tiles(dim, True))
-            for dim, t in known:
-                yield one(kind, dim, t, ranges, True)
-            for dim, t in _more(widest(lambda dim, tiles=tiles: tiles(dim, False)), known):
-                yield one(kind, dim, t, ranges, False)
+    for kind, ranges in itertools.product(("bf16", "fp32"), (True, False)):
+        plain, full = (
+            {x: _cut(key_tile(arch, kind == "bf16", x, y, not ranges), 0 if ranges else x) for x in DIMS}
+            for y in (False, True)
+        )
+        for dim, t in widest(full):
+            yield one(kind, dim, t, ranges, True)
+        for dim, t in _more(widest(plain), widest(full)):
+            yield one(kind, dim, t, ranges, False)
 
 
 def _more(plain: list[tuple[int, Tile]], known: list[tuple[int, Tile]]) -> list[tuple[int, Tile]]:
@@ -193,13 +188,14 @@ def _more(plain: list[tuple[int, Tile]], known: list[tuple[int, Tile]]) -> list[
 
 
 def _cut(t: Tile, dim: int) -> tuple[Tile, ...]:
-    return (t, *pieces(t, dim))
+    """The tile, and unless dim is 0 those for lists of smaller blocks."""
+    return (t, *pieces(t, dim)) if dim else (t,)
 
 
 def other_variants(arch: str) -> Iterator[Variant]:
     """Gradients of the further keys, and δ: with a branch under one normaliser, which is the most of the three."""
     for kind in ("bf16", "fp32"):
-        for dim, (walk, stages) in widest(lambda dim, kind=kind: (_extra_tile(arch, kind, dim),)):
+        for dim, (walk, stages) in widest({dim: [_extra_tile(arch, kind, dim)] for dim in DIMS}):
             constants = _given(kind, dim, True, True) | {"BM": walk}
             yield describe(arch, f"mixed-extra-{kind}-{dim}", extra_kernel, kind, constants, 4, stages)
         constants = {"GROUP": 4, "DIM": 256, "PAD": 256, "BRANCH": 1, "BM": 64, "den": None}
@@ -219,7 +215,7 @@ def branch_variants(arch: str) -> Iterator[Variant]:
     """
     for kind in ("bf16", "fp16", "fp32"):
         number, precision, _ = branch_kind(arch, kind)
-        for dim, (t, tv, bf) in widest(lambda dim, half=kind == "bf16": (branch_tiles(arch, half, dim),)):
+        for dim, (t, tv, bf) in widest({dim: [branch_tiles(arch, kind == "bf16", dim)] for dim in DIMS}):
             constants: dict[str, Any] = {
                 "GROUP": 4, "DIM": dim, "FEATURES": 2 * dim, "REST": BOTH, "SHARED": True, "AFTER": True, "PAD": dim,
                 "TYPE": number, "PRECISION": precision,
@@ -245,7 +241,7 @@ def states_variants(arch: str) -> Iterator[Variant]:
     """
     for kind in ("bf16", "fp16", "fp32"):
         number, precision, narrow = branch_kind(arch, kind)
-        for dim, t in widest(lambda dim, half=kind == "bf16": (sum_tiles(arch, half, dim),)):
+        for dim, t in widest({dim: [sum_tiles(arch, kind == "bf16", dim)] for dim in DIMS}):
             for rows in (False, True):
                 constants: dict[str, Any] = {
                     "DIM": dim, "FEATURES": 2 * dim, "GROUP": 4 if rows else 1, "PIECES": WHOLE if rows else LEFT,

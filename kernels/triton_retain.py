@@ -358,8 +358,8 @@ def variants(arch: str) -> Iterator[Variant]:
             ("rows_of", "seen_of", "count_of", "list_at", "list_index", "ring_at", "kept_at"), "*i32"
         )
         kinds |= dict.fromkeys(("ring_k", "ring_v", "kept_k", "kept_v", "sink_k", "sink_v"), f"*{name}")
-        chosen = widest(lambda dim, wide=wide: [tiles(arch, dim, wide, rows) for rows in (1, 64)], (32, 64, 128, 256))
-        for bd, (bm, bn, warps) in chosen:
+        chosen = {dim: [tiles(arch, dim, wide, rows) for rows in (1, 64)] for dim in (32, 64, 128, 256)}
+        for bd, (bm, bn, warps) in widest(chosen):
             constants: dict[str, Any] = {"BM": bm, "BN": bn, "BD": bd, "BR": 32, "SINK": True, "PRECISION": "ieee"}
             yield describe(f"retain walk {name} {bd}, tile {bm}", _walk, kinds, constants, warps, 1, registers(arch))
         yield describe(f"retain memory {name} 256", _remember, kinds, {"BN": 32, "BD": 256}, 4, 3)

@@ -178,6 +178,6 @@ def variants(arch: str) -> Iterator[Variant]:
         yield describe(f"select means {name} 256", _means, {"x": f"*{name}", "out": "*fp32"}, constants, 4, 3)
     kinds = {"scores": "*fp32", "chosen": "*i8", "mass": "fp32", "starts": "*i32", "columns": "*i32"}
     widths = tuple(2**n for n in range(4, MOST.bit_length()))
-    for width, warps in widest(lambda width: [_warps(width)], widths):
+    for width, warps in widest({width: [_warps(width)] for width in widths}):
         yield describe(f"select choose {width}", _choose, kinds, {"BK": width, "MASS": True}, warps, 3)
     yield describe("select list", _list, kinds, {"BN": 128}, 1, 3)

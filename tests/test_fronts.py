@@ -143,6 +143,8 @@ def test_kept_groups_stay_full_on_the_front() -> None:
 def test_without_anything_to_convert_there_is_no_front() -> None:
     with pytest.raises(UsageError, match="no plan takes less"):
         front(profile(), settings(groups=0.5, protect=list(range(6))))
+    with pytest.raises(UsageError, match="no attention that could be converted"):
+        front(dataclasses.replace(profile(), sites=()), settings(groups=0.5))
 
 
 def test_it_takes_seconds_for_a_model_of_thirty_layers() -> None:

@@ -304,7 +304,7 @@ def front_document() -> dict[str, Any]:
         "front": [at(0.2, 0.5), at(0.6, 0.1), at(0.9, 0.0)],
         "others": {"uniform": [at(0.2, 4.0)], "random": [at(0.2, 3.0), at(0.2, 5.0)]},
         "left_out": {"duo": "method duo needs <gates>"},
-        "chosen": {"student": at(0.4, 0.2)},
+        "chosen": {"student": at(0.4, 0.2), "twin": at(0.4, 0.2), "random": at(0.4, 3.0)},
     }
 
 
@@ -358,9 +358,10 @@ def test_a_proof_is_told_as_what_it_is(tmp_path: Path, student: dict[str, Any], 
 def test_the_front_shows_every_selector_and_the_plan(tmp_path: Path) -> None:
     path = write_report(rich_run(tmp_path).path)
     picture = (tmp_path / "report" / "front.svg").read_text(encoding="utf-8")
-    for name in ("measured damage, integer program", "uniform", "random, several seeds", "student"):
+    for name in ("measured damage, integer program", "uniform", "random, several seeds", "random"):
         assert f">{name}<" in picture
-    assert "KV cache at 8,192 tokens, % of the original&#x27;s" in picture or "original's" in picture
+    assert ">student, twin<" in picture  # plans in one place share a label
+    assert ">KV cache at 8,192 tokens, % of the original's<" in picture
     assert "sum over groups: KL + 2 × needle loss" in picture
     assert ">the same, measured whole<" in picture
     words = words_of(path)
@@ -519,3 +520,5 @@ def test_operators_of_one_kind_have_shades_of_one_colour() -> None:
     colours = operator_colours(labels, {label: label.split("-")[0] for label in labels})
     assert len(set(colours.values())) == 4
     assert colours["window-64-4"] == "#0072b2"
+    many = [f"window-{size}-4" for size in (32, 64, 128, 256, 512)]
+    assert len(set(operator_colours(many, dict.fromkeys(many, "window")).values())) == 5

@@ -45,7 +45,7 @@ TEMPLATES = ("account", "train", "shelf")  # one per seed; none of them is profi
 LENGTH = 640
 CODE = {"package": {"name": "networkx", "version": "3.6.1", "files": ["networkx/algorithms/**/*.py"]}}
 METHODS: dict[str, dict[str, Any]] = {
-    "damage, refined": {"method": "damage", "rounds": 2, "measure_cases": 2},
+    "damage, refined": {"method": "damage", "rounds": 1, "measure_cases": 2},
     "damage": {"method": "damage"},
     "damage, KL alone": {"method": "damage", "needle_weight": 0.0},
     "greedy": {"method": "greedy"},
@@ -65,7 +65,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cases", type=int, default=25, help="needle cases per seed and domain")
+    parser.add_argument("--cases", type=int, default=17, help="needle cases per seed and domain")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--out", type=Path, default=HERE.parent.parent / "runs" / "study")
     parser.add_argument("--results", type=Path, default=RESULTS)

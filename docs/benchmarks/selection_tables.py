@@ -35,8 +35,8 @@ def setting(document: Mapping[str, Any]) -> list[str]:
     data, machine = document["data"], document["machine"]
     cases = data["cases"] * data["seeds"]
     return [
-        f"SmolLM2-135M-Instruct, {document['date'][:10]}, {machine['cpu']}, {machine['cores']} cores; {data['seeds']} seeds; "
-        f"{cases} needle cases of {data['length']} tokens per domain, templates {', '.join(data['templates'])}."
+        f"SmolLM2-135M-Instruct, {document['date'][:10]}, {machine['cpu']}, {machine['cores']} cores; "
+        f"{data['seeds']} seeds; {cases} needle cases of {data['length']} tokens per domain, templates {', '.join(data['templates'])}."
     ]
 
 
@@ -70,9 +70,8 @@ def selectors(document: Mapping[str, Any]) -> list[str]:
             needle = share(some, "exact")
             ratio = statistics.mean(r["perplexity"] / r["teacher_perplexity"] for r in some)
             seconds = statistics.mean(r["seconds"] for r in some)
-            lines.append(
-                f"| {name} | {kls[0]} | {kls[1]} | {needle:.0%} | {share(some, 'digits'):.0%} | {ratio:.3f}× | {seconds:.0f} s |"
-            )
+            cells = [name, *kls, f"{needle:.0%}", f"{share(some, 'digits'):.0%}", f"{ratio:.3f}×", f"{seconds:.0f} s"]
+            lines.append(f"| {' | '.join(cells)} |")
     return lines[1:]
 
 
