@@ -26,7 +26,7 @@ help:  ## say what there is
 setup: $(READY)  ## install everything into .venv
 
 demo: $(READY)  ## convert SmolLM2-135M-Instruct and show what was gained and lost (runs/demo)
-	$(BIN)/attnconvert run smollm2-135m-window --out runs/demo $(ARGS)
+	$(BIN)/attnconvert run smollm2-135m-mixed --out runs/demo $(ARGS)
 
 test: $(READY)  ## run the tests
 	@$(BIN)/python -m pytest -q -m "not slow" $(ARGS)

@@ -310,7 +310,7 @@ def costs_table(costs: Costs) -> Shown:
     for found, (layer, sites) in zip(document["tables"], _layers(costs).items(), strict=True):
         title = layer_title(layer, [site.layer for site in sites])
         rows = [_shown(entry) for entry in found["rows"]]
-        head = ["tokens", "operator", "prefill ms", "of full", "decode ms", "of full", "cache", "of full"]
+        head = ["tokens", "operator", "prefill ms\n(of full)", "decode ms\n(of full)", "cache\n(of full)"]
         parts.append(table(title, head, rows, left=2))
     for length in costs.lengths if costs.rest else ():
         both = [f"{name} {number(costs.base(resource, length))} ms" for resource, name in TIMES.items()]
@@ -328,5 +328,6 @@ def _shown(entry: Mapping[str, Any]) -> list[str]:
     cells = [tokens(entry["length"]), entry["operator"]]
     for name, phase in TIMES.items():
         mark = "" if entry.get(f"{phase}_measured") else FILLED
-        cells += [mark + number(entry[name]) if name in entry else NONE, ratio(entry.get(f"{phase}_ratio"))]
-    return [*cells, size(entry["kv_bytes"]), ratio(entry["kv_ratio"])]
+        share = ratio(entry.get(f"{phase}_ratio"))
+        cells.append(f"{mark}{number(entry[name])} ({share})" if name in entry else NONE)
+    return [*cells, f"{size(entry['kv_bytes'])} ({ratio(entry['kv_ratio'])})"]

@@ -46,9 +46,9 @@ def check(p):
         assert got.dtype == getattr(p, name).dtype
         # of a single key o is v, and the gradients of the features are what cancellation leaves
         alone = p.normalize and p.fq.shape[2] == 1 and name != "v"
-        cases.assert_close(
-            got, exact[name], None if alone else plain[name], name=f"d{name}", limit=2e-5 if alone else None
-        )
+        limit = 2e-5 if alone else None
+        # the largest of some ten thousand errors varies: one draw in a hundred is over twice that of plain math
+        cases.assert_close(got, exact[name], None if alone else plain[name], name=f"d{name}", limit=limit, factor=3)
     return o, state
 
 

@@ -336,7 +336,7 @@ def _model_row(level: str | None) -> dict[str, Any]:
         "samples": 0,
         "ratio": None,
         "baseline": "SDPA",
-        "note": "measured by the recipe benchmark smollm2-135m-window",
+        "note": "measured by the recipe benchmark smollm2-135m-mixed",
     }
     judge(row, "model", level)
     return row

@@ -19,7 +19,7 @@ import tables
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-RECIPES = ("smollm2-135m-window", "smollm2-135m-linear")
+RECIPES = ("smollm2-135m-mixed", "smollm2-135m-window", "smollm2-135m-linear")
 KERNELS = ("cpu", "gpu")
 PAGE = "page"
 

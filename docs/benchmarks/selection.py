@@ -44,6 +44,7 @@ BUDGETS = (0.6, 0.75)  # share of the KV groups that is converted
 TEMPLATES = ("account", "train", "shelf")  # one per seed; none of them is profiled on
 LENGTH = 640
 CODE = {"package": {"name": "networkx", "version": "3.6.1", "files": ["networkx/algorithms/**/*.py"]}}
+LEARNING = "[{operator: linear}, {operator: hybrid, window: 64, sinks: 4}]"
 METHODS: dict[str, dict[str, Any]] = {
     "damage, refined": {"method": "damage", "rounds": 1, "measure_cases": 2},
     "damage": {"method": "damage"},
@@ -90,6 +91,7 @@ def main() -> None:
             judge = Judge(work, domain, seed, given.cases, track)
             for (name, budget), (plan, told) in plans.items():
                 rows.append({"method": name, "budget": budget, "seed": seed, **told, **judge(plan)})
+    statistics += correlations(learning(given.out, works[0], track), 0)
     document = {
         "schema": 1,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -103,6 +105,15 @@ def main() -> None:
     write_json(given.results, document)
     if given.results == RESULTS:
         selection_tables.write(document)
+
+
+def learning(out: Path, other: Work, track: Track) -> Profile:
+    """The profile of candidates that learn, after their brief attention transfer; one seed, two cases."""
+    changes = [f"profile.candidates={LEARNING}", "profile.gates=[]", "profile.needles.cases=2"]
+    work = Work(Run.create(load_recipe(RECIPE, changes), out / "learning"), track)
+    work.__dict__["_loaded"] = other._loaded
+    pipeline.run_stages(work, "profile")
+    return pipeline.measured_profile(work.run)
 
 
 def plan_of(

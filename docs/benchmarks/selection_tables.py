@@ -36,7 +36,8 @@ def setting(document: Mapping[str, Any]) -> list[str]:
     cases = data["cases"] * data["seeds"]
     return [
         f"SmolLM2-135M-Instruct, {document['date'][:10]}, {machine['cpu']}, {machine['cores']} cores; "
-        f"{data['seeds']} seeds; {cases} needle cases of {data['length']} tokens per domain, templates {', '.join(data['templates'])}."
+        f"{data['seeds']} seeds; {cases} needle cases of {data['length']} tokens per domain, "
+        f"templates {', '.join(data['templates'])}."
     ]
 
 

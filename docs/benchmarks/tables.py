@@ -14,7 +14,7 @@ from shapes import GOALS, LEVELS, Goal, judge
 
 Row = dict[str, Any]
 Found = dict[str, Any]
-RECIPE = "smollm2-135m-window"  # that `make demo` runs
+RECIPE = "smollm2-135m-mixed"  # that `make demo` runs
 PROVIDERS = {
     "cpp": "ours, C++",
     "torch": "ours, torch",
