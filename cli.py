@@ -132,8 +132,10 @@ def costs(
         str | None,
         typer.Option(help="Tokens, with commas; else those that the recipe speaks of.", show_default=False),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Samples of each; the median counts.")] = 3,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences at once; else as measured before, or 1.", show_default=False)
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Samples of each, at least; the median counts.")] = 3,
     out: Out = None,
     settings: Set = None,
     as_json: AsJson = False,
@@ -152,7 +154,7 @@ def costs(
     terminal = Terminal(as_json=as_json, verbose=verbose, quiet=quiet)
     run = _run_of(target, out, settings)
     wanted = _lengths(lengths) if lengths else []
-    found = _pipeline().Work(run, terminal.track).costs(wanted, batch, repeats)
+    found = _pipeline().Work(run, terminal.track).costs(wanted, batch, repeats, again=True)
     terminal.result(costs_document(found), costs_table(found))
 
 
@@ -189,6 +191,8 @@ def select(
     """
     terminal = Terminal(as_json=as_json, verbose=verbose, quiet=quiet)
     if check is not None:
+        if explain or settings or keep_quality is not None or any((prefill_ms, decode_ms, kv_bytes, flops)):
+            raise UsageError("--check looks at a plan alone: leave budgets, --explain and --set away")
         _check_plan(run, check, terminal)
         return
     amounts = {"prefill_ms": prefill_ms, "decode_ms": decode_ms, "kv_bytes": kv_bytes, "flops": flops}

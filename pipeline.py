@@ -113,7 +113,7 @@ def select_stage(work: Work) -> None:
             chosen, history = choose(work, measured, settings, folder)
             plans[name] = chosen.plan
             arms[name] = chosen.to_json() | ({"refinement": history} if history else {})
-            write_plan(work.run.plan if name == STUDENT else folder / f"{name}.yaml", chosen.plan)
+            write_plan(work.run.plan if name == STUDENT else folder / f"{name}.yaml", chosen.plan, chosen.reasons)
         costs = work.costs() if in_time(work.recipe.select) else None
         try:
             write_json(folder / FRONT, front(measured, work.recipe.select, costs, chosen=plans))

@@ -146,10 +146,10 @@ def greedy(task: Task, measure: Measure | None = None) -> Chosen:
     def steps(current: Ints) -> Iterator[Step]:
         skipped = np.zeros(len(loss), dtype=bool)
         while True:
-            usage = program.usage(current)
-            over = np.maximum(usage - program.limit, 0) / program.scale  # (R,)
+            over = (program.usage(current) - program.limit) / program.scale  # (R,)
             mine = current[units]
-            saved = np.minimum(np.maximum(cost[:, mine] - cost, 0), over[:, None]).sum(0)
+            left = np.maximum(over[:, None] + cost - cost[:, mine], 0).sum(0)
+            saved = np.maximum(over, 0).sum() - left  # of all that is exceeded, so that no step is taken back
             added = loss - loss[mine]
             with np.errstate(divide="ignore", invalid="ignore"):
                 price = np.where((saved > 1e-12) & ~skipped, added / saved, np.inf)

@@ -27,6 +27,7 @@ from ..kernels.call import Call, map_state, state_bytes
 from ..kernels.spec import Full, Spec, label, spec_to_dict
 from .costs import MACHINE, Costs
 from .costs_model import PHASES, Layer, Row
+from .errors import UsageError
 from .files import read_json, stored, write_json
 from .hosts import models
 from .hosts.transformers import Conversion, Site, SiteOperators, all_full, refusal
@@ -280,6 +281,12 @@ class Bench:
         self, model: Any, sites: Sequence[Site], lengths: Sequence[int], folder: Path, track: Track
     ) -> dict[str, dict[int, float]]:
         """ms of the model with attention that answers at once: {phase: {length: ms}}."""
+        longest = positions_of(model)
+        if longest is not None and max(lengths) + STEPS > longest:
+            raise UsageError(
+                f"{type(model).__name__} has positions for {longest} tokens: times at {max(lengths)} tokens and "
+                f"{STEPS} decoded ones cannot be taken; ask for lengths of at most {longest - STEPS}"
+            )
         who = [type(model).__name__, str(model.config._name_or_path), model.num_parameters(), [s.name for s in sites]]
         found: dict[str, dict[int, float]] = {phase: {} for phase in PHASES}
         conversion = Conversion(model, all_full(sites))
@@ -315,6 +322,13 @@ class Bench:
         for _ in range(STEPS):
             model(token, past_key_values=cache, use_cache=True)
         return {"prefill": prefill, "decode": (self.clock() - start) / STEPS}
+
+
+def positions_of(model: Any) -> int | None:
+    """How many positions a model has learned; None where they are computed."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    return most if most in tables else None
 
 
 def _answer_at_once(site: SiteOperators, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:

@@ -188,7 +188,7 @@ def measured_positions(answer: Tensor) -> Tensor:
 class Joint:
     """Measures whole plans on needle cases: a `Measure`. Results stay in `folder`, so that none is measured twice.
 
-    The teacher's log-probabilities are kept in memory: cases × positions × vocabulary, in the model's number type.
+    The teacher's log-probabilities are kept in main memory: cases × a quarter of the positions × vocabulary, in fp32.
     """
 
     def __init__(
@@ -210,11 +210,14 @@ class Joint:
     @torch.no_grad()
     def _measure(self, chosen: Mapping[Group, Spec]) -> dict[str, float]:
         if not self.teacher:
-            self.teacher = [self._logits(n) for n in self.track(range(len(self.needles.ids)), "teacher's answers")]
+            with replaced(self.model, self.sites, {}, self.learned):
+                cases = self.track(range(len(self.needles.ids)), "teacher's answers")
+                self.teacher = [self._logits(n).cpu() for n in cases]
         total = {"kl": 0.0, "needle": 0.0}
         with replaced(self.model, self.sites, chosen, self.learned):
             for n, want in enumerate(self.track(self.teacher, f"joint damage {self.count}")):
-                got, want = self._logits(n).float(), want.float()
+                got = self._logits(n)
+                want = want.to(got.device)
                 target = self.needles.ids[n, self.needles.answer[n]].to(got.device)
                 total["kl"] += kl(want, got).mean().item()
                 total["needle"] += answer_loss(got, target) - answer_loss(want, target)

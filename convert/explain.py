@@ -121,12 +121,16 @@ def _group(
     )
     yield f"{of} ({span}): {_named(specs[g])}"
     reason = ((selection.get("reasons") or {}).get(site.name) or [""] * site.kv_heads)[g]
-    if reason:
+    edited = bool(reason) and reason.startswith("converted") != (specs[g] != Full())
+    if edited:
+        yield "  the plan was edited: this is not what the selection had chosen"
+    elif reason:
         yield f"  chosen by {selection.get('method', 'an edited plan')}: {reason}"
     for name in profile.candidates:
         yield f"  {name}: {_damage(profile, site, group, name)}"
     yield from _figures(profile, group, [head] if head is not None else list(heads))
-    yield from _price(selection, site, group, specs[g])
+    if not edited:
+        yield from _price(selection, site, group, specs[g])
 
 
 def _named(spec: Spec) -> str:

@@ -1,7 +1,7 @@
 """First-order effects: what replacing a head would change of the loss, from one backward pass through the teacher.
 
-Of each layer the gradient of its attention output arrives on its own, so candidates are compared with it there and
-then, and nothing is kept of the layer behind.
+Of each layer the gradient of its attention output arrives on its own, and candidates are compared with it there and
+then. What the pass itself keeps is what training on one sequence keeps.
 """
 
 from __future__ import annotations

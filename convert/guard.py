@@ -38,7 +38,7 @@ def _terminate(number: int, frame: Any) -> NoReturn:
 
 def _run(app: typer.Typer, given: list[str]) -> int:
     traced = bool({"--verbose", "-v"} & set(given)) or bool(os.environ.get("ATTNCONVERT_DEBUG"))
-    goes_on = "; the same command continues" if {"run", *STAGES} & set(given[:3]) else ""
+    goes_on = "; the same command continues" if {"run", "costs", *STAGES} & set(given[:3]) else ""
     try:
         code = app(given, prog_name="attnconvert", standalone_mode=False)
         if code != Interrupted.exit_code:  # what newer typers make of Ctrl-C

@@ -85,7 +85,7 @@ class Rows:
     def sampled(q: Tensor, k: Tensor, call: Call, rows: int) -> Rows:
         """`rows` of them evenly over the last three quarters, where there is something to attend to."""
         length = q.shape[2]
-        at = torch.linspace(length // 4, length - 1, min(rows, length), device=q.device).long()
+        at = torch.linspace(length // 4, length - 1, min(rows, length), device=q.device).long().unique()
         return Rows(at, probabilities(q, k, call, at))
 
 
@@ -208,7 +208,7 @@ def _block_statistics(means: Means, name: str, sampled: Rows, q: Tensor, k: Tens
         index = best.view(1, 1, -1, 1).expand(*reached.shape[:2], -1, 1)
         means.add(f"recall {fraction}", name, (reached.gather(-1, index) / total)[..., 0].mean((0, 2)))
     means.add("pooled_recall", name, _pooled_recall(mass / total, at, q, k, visible))
-    averaged: Tensor = mass.mean((0, 1))
+    averaged: Tensor = mass.mean(0).nanmean(0)  # a head without numbers is left out
     return averaged
 
 
@@ -279,7 +279,9 @@ def retention_reads(spec: Retention, q: Tensor, k: Tensor, v: Tensor, call: Call
         reads[:, :, row, max(0, recent) : stop] = True
         reads[:, :, row, : min(spec.sinks, stop)] = True
         kept = state.at[:, :, spec.window :].long()
-        reads[:, :, row].scatter_(2, kept.clamp_min(0), (kept >= 0) | reads[:, :, row].gather(2, kept.clamp_min(0)))
+        found = torch.zeros(batch, groups, length, dtype=torch.int32, device=q.device)
+        found.scatter_reduce_(2, kept.clamp_min(0), (kept >= 0).int(), "amax")  # empty slots point to token 0 as well
+        reads[:, :, row] |= found.bool()
     return reads
 
 

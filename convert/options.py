@@ -71,10 +71,13 @@ def budget_overrides(amounts: Mapping[str, Sequence[str] | None], keep_quality: 
             value: float | str = amount
             with suppress(ValueError):
                 value = float(amount)
-            budgets.setdefault(name, {})[int(length)] = value
+            if int(length) in budgets.setdefault(name, {}):
+                raise UsageError(f"--{name.replace('_', '-')} is given twice at {length} tokens: give it once")
+            budgets[name][int(length)] = value
     if not budgets and keep_quality is None:
         return []
     none = [f"select.{name}=null" for name in ("groups", "layers")]
     written = yaml.safe_dump(budgets, default_flow_style=True, width=10**6).strip() if budgets else "null"
     quality = "null" if keep_quality is None else f"{keep_quality:g}"
-    return [*none, f"select.budgets={written}", f"select.keep_quality={quality}"]
+    rounds = ["select.rounds=0"] if keep_quality is not None else []  # it measures every plan it tries
+    return [*none, *rounds, f"select.budgets={written}", f"select.keep_quality={quality}"]

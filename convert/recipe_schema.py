@@ -336,7 +336,15 @@ def _unmeasured(where: tuple[str | int, ...], select: SelectSettings, profile: P
     if select.method in ("damage", "greedy") and not profile.damage:
         named = ".".join(map(str, where))
         yield ("profile", "damage"), f"{named}.method is {select.method}, which must then be measured"
+    named = ".".join(map(str, where))
+    if select.method in ("duo", "linvideo") and select.method not in profile.gates:
+        yield ("profile", "gates"), f"{named}.method is {select.method}, whose gates must then be trained: add it"
+    if select.method in ("first_order", "moa") and not profile.gradients:
+        yield ("profile", "gradients"), f"{named}.method is {select.method}, which needs them"
     wanted: Spec = select.operator
+    if select.method in ("duo", "linvideo") and wanted not in (None, profile.candidates[0]):
+        message = f"gates are trained for the first candidate, {label(profile.candidates[0])}"
+        yield (*where, "operator"), message
     if select.method in (*SOLVED, "greedy", "mass") and wanted is not None and wanted not in profile.candidates:
         known = ", ".join(label(spec) for spec in profile.candidates)
         yield (*where, "operator"), f"{label(wanted)} is not measured; profile.candidates are {known}"

@@ -44,7 +44,7 @@ def refine(
         marginal: what each group adds to the damage of a plan, as `damage.marginal_damage`.
     """
     best = select(profile, settings, model, costs=costs, measure=measure)
-    scores = _single(profile, settings)
+    scores = _single(profile, settings) if settings.method == "damage" else {}
     best, loss = _measured(best, profile, settings, measure)
     history = [_told(0, "single damages", best, loss, True)]
     for number in range(1, settings.rounds + 1):

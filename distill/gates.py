@@ -48,18 +48,21 @@ def learn_gates(
 
     `duo`: the error of the last hidden states where the answer is predicted, plus 0.05 mean |g|, from g = 1
     (DuoAttention, Xiao et al. 2024). `linvideo`: KL to the teacher on the text, plus 0.01 times the constraint
-    (Σ⌈r⌋ − target)², where the share `full` of the groups stays full, and the rounding term Σ(1 − |2r − 1|^α) with α
-    from 20 to 2, from r = 1/2 (LinVideo, 2025; per KV group here, per layer there).
+    (Σ⌈r⌋ − target)² / groups, where the share `full` of the groups stays full, and the rounding term
+    Σ(1 − |2r − 1|^α) / groups with α from 20 to 2, from r = 1/2 (LinVideo, 2025). There r is per layer and the terms
+    are sums; over the many KV groups here sums drown the KL, and all gates would move as one.
     """
     start = 1.0 if method == "duo" else 0.5
-    gates = {s.name: nn.Parameter(torch.full((s.kv_heads,), start, device=model.device)) for s in sites}
-    fixed = {s.name for s in sites if refusal(s, spec)}
+    able = [s for s in sites if refusal(s, spec) is None]
+    if not able:
+        return {method: [[None] * s.kv_heads for s in sites]}
+    gates = {s.name: nn.Parameter(torch.full((s.kv_heads,), start, device=model.device)) for s in able}
     trainer = Trainer(
         f"gates-{method}", gates, torch.optim.AdamW(list(gates.values()), lr=RATE, weight_decay=0.0),
         RATE, steps, 0.05, 1e9, 20, folder,
     )  # fmt: skip
     at = needles.answer[0].to(model.device) - 1
-    target = full * sum(s.kv_heads for s in sites)
+    target = full * sum(s.kv_heads for s in able)
     conversion = Conversion(model, all_full(sites))
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
@@ -67,7 +70,7 @@ def learn_gates(
     def observe(site: SiteOperators, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         name = site.site.name
         o, _ = operators.attend(Full(), q, k, v, call)
-        if name in fixed:
+        if name not in gates:
             return o
         other, _ = operators.attend(spec, q, k, v, call, None, learned.get((name, label(spec))))
         g = bounded(gates[name]).to(o.dtype).repeat_interleave(q.shape[1] // k.shape[1])[:, None, None]
@@ -85,7 +88,7 @@ def learn_gates(
             else:
                 error = distillation(model, want, got, CHUNK)
                 done = trainer.at / max(1, steps - 1)
-                loss = error + CONSTRAINT * (constraint(flat, target) + rounding(flat, done))
+                loss = error + CONSTRAINT * (constraint(flat, target) + rounding(flat, done)) / len(flat)
             loss.backward()
         return {"loss": loss.item(), "error": error.item(), "mean_gate": bounded(flat).mean().item()}
 
@@ -95,7 +98,7 @@ def learn_gates(
         conversion.remove()
         for p in trainable:
             p.requires_grad_(True)
-    return {method: [[None if s.name in fixed else x for x in bounded(gates[s.name]).tolist()] for s in sites]}
+    return {method: [bounded(gates[s.name]).tolist() if s.name in gates else [None] * s.kv_heads for s in sites]}
 
 
 def bounded(gates: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..convert.errors import AttnConvertError, UsageError
 from ..convert.files import replacing, write_text
 from ..convert.hosts import models
-from ..convert.hosts.transformers import Conversion, Site, refusal
+from ..convert.hosts.transformers import Conversion, Site, all_full, refusal
 from ..convert.text import rng
 from ..kernels.spec import Full, Spec, label
 from .objectives import attention_transfer, distillation
@@ -117,11 +117,11 @@ def fit_operators(
     able = [site for site in sites if refusal(site, spec) is None]
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
-    conversion = Conversion(model, {site: [spec] * site.kv_heads for site in able})
+    conversion = Conversion(model, all_full(sites) | {site: [spec] * site.kv_heads for site in able})
     try:
         if settings.steps and conversion.learned():
             _transfer(model, conversion, samples, settings, seed, folder, track)
-        found = {name: mine.learned(spec) for name, mine in conversion.sites.items()}
+        found = {site.name: conversion.sites[site.name].learned(spec) for site in able}
         return {(name, label(spec)): module for name, module in found.items() if module is not None}
     finally:
         conversion.remove()

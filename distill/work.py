@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..convert.costs import Costs, require_costs
 from ..convert.costs_measure import here, measure_costs
+from ..convert.errors import UsageError
 from ..convert.files import read_json, write_json
 from ..convert.hosts.models import find_sites
 from ..convert.hosts.transformers import Site
+from ..convert.machine import versions
 from ..convert.plan import Plan, read_plan
 from ..convert.progress import Track, silent
 from ..convert.recipe_schema import TransferSettings
@@ -99,20 +101,38 @@ class Work:
         found |= set(self.recipe.evaluate.speed.lengths if self.recipe.evaluate.speed else ())
         return sorted(found) or [2048, 8192]
 
-    def costs(self, lengths: Sequence[int] = (), batch: int = 1, repeats: int = 3) -> Costs:
-        """What the kernels take on this machine, from costs/costs.json of the run; measured where that does not say."""
-        path, wanted = self.run.path / "costs" / COSTS, sorted({*(lengths or self.cost_lengths())})
-        dtype = str(self.model.dtype).removeprefix("torch.")
+    def costs(
+        self, lengths: Sequence[int] = (), batch: int | None = None, repeats: int = 3, again: bool = False
+    ) -> Costs:
+        """What the kernels take on this machine, at the batch of the table that the run has, or 1.
+
+        It is costs/costs.json of the run if that says all that is asked for and was measured here; else, or with
+        `again`, what is missing is measured. Lengths of the table stay in it.
+        """
+        path, wanted = self.run.path / "costs" / COSTS, {*(lengths or self.cost_lengths())}
+        dtype, known = str(self.model.dtype).removeprefix("torch."), None
         if path.exists():
-            costs = Costs.from_json(read_json(path))
-            if set(wanted) <= set(costs.lengths) and set(self.recipe.profile.candidates) <= set(costs.candidates):
-                require_costs(costs, here(self.model.device), dtype, batch, self.sites)
-                return costs
+            found = read_json(path)
+            known = Costs.from_json(found)
+            batch = batch or known.batch
+            try:
+                require_costs(known, here(self.model.device), dtype, batch, self.sites)
+            except UsageError as error:
+                log.info("measuring the costs again: %s", error)
+                known = None
+            if known is not None and found.get("versions") != versions():
+                log.info("measuring the costs again: other versions of the libraries")
+                known = None
+        if known is not None:
+            enough = wanted <= set(known.lengths) and set(self.recipe.profile.candidates) <= set(known.candidates)
+            if enough and not again:
+                return known
+            wanted |= set(known.lengths)
         costs = measure_costs(
             self.sites,
             self.recipe.profile.candidates,
-            lengths=wanted,
-            batch=batch,
+            lengths=sorted(wanted),
+            batch=batch or 1,
             dtype=dtype,
             device=self.model.device,
             repeats=repeats,
@@ -120,7 +140,7 @@ class Work:
             track=self.track,
             model=self.model,
         )
-        write_json(path, costs.to_json())
+        write_json(path, {**costs.to_json(), "versions": versions()})
         return costs
 
     def learned(self, texts: Tensor) -> dict[tuple[str, str], nn.Module]:

@@ -22,10 +22,15 @@ def test_costs_times_the_candidates_and_keeps_the_table_with_the_machine(attncon
     rows = found.document["tables"][0]["rows"]
     assert {row["operator"] for row in rows} == {"full", "window-16-2", "hybrid-8-2-hedgehog"}
     assert all(row["prefill_ms"] > 0 and row["prefill_measured"] for row in rows)
-    written = (finished / "costs" / "costs.json").stat().st_mtime_ns
-    shown = attnconvert("costs", finished, "--lengths", "64")
+    samples = {path: path.stat().st_mtime_ns for path in (finished / "costs").glob("*/*.json")}
+    shown = attnconvert("costs", finished, "--lengths", "64", "--repeats", "1")
     assert "window-16-2" in shown.out
-    assert (finished / "costs" / "costs.json").stat().st_mtime_ns == written, "nothing is timed twice"
+    assert {path: path.stat().st_mtime_ns for path in samples} == samples, "nothing is timed twice"
+    more = attnconvert("costs", finished, "--lengths", "96", "--batch", "2", "--repeats", "1", "--json")
+    assert (more.code, more.document["batch"]) == (0, 2)
+    budget = attnconvert("select", finished, "--prefill-ms", "100%@96", "--json")
+    assert budget.code == 0
+    assert json.loads((finished / "costs" / "costs.json").read_text())["batch"] == 2, "budgets are at the table's batch"
 
 
 def test_budgets_on_the_command_line_take_the_place_of_the_recipes(attnconvert, finished):
@@ -85,6 +90,27 @@ def test_explain_says_in_words_why(attnconvert, whole, where):
     assert found.code == 0
     assert "layer 1" in found.out
     assert "window-16-2" in found.out
+
+
+def test_a_cheapest_plan_may_be_asked_of_a_run_that_refines(attnconvert, finished):
+    assert attnconvert("select", finished, "--set", "select.rounds=1", "--set", "select.measure_cases=1").code == 0
+    assert attnconvert("select", finished, "--keep-quality", "9").code == 0
+
+
+def test_explain_says_that_a_plan_was_edited(attnconvert, finished):
+    plan = finished / "plan.yaml"
+    was = yaml.safe_load(plan.read_text())
+    site, labels = next((site, labels) for site, labels in was["sites"].items() if labels[0] != "full")
+    was["sites"][site] = ["full", *labels[1:]]
+    plan.write_text(yaml.safe_dump(was))
+    layer = site.split(".")[2]
+    assert "the plan was edited" in attnconvert("select", finished, "--explain", f"L{layer}G0").out
+
+
+def test_a_budget_given_twice_is_refused(attnconvert, whole):
+    refused = attnconvert("select", whole, "--kv-bytes", "40%@128", "--kv-bytes", "30%@128")
+    assert refused.code == 2
+    assert "twice" in refused.message
 
 
 def test_explain_of_a_head_that_is_not_there_names_the_range(attnconvert, whole):

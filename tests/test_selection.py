@@ -1,5 +1,6 @@
 """The chosen plan is the best one there is, and meets its budget; what cannot be met is said."""
 
+import contextlib
 import dataclasses
 import itertools
 
@@ -547,3 +548,13 @@ def test_a_task_keeps_whole_units_together():
     task = make_task(make_profile(), settings_of(unit="layer", groups=0.5, share=[[1, 3]]))
     assert task.units == (((0, 0), (0, 1)), ((1, 0), (1, 1), (3, 0), (3, 1)), ((2, 0), (2, 1)))
     assert task.full.tolist() == [0, 3, 6]
+
+
+def test_greedy_ends_where_two_operators_save_two_resources():
+    """A unit must not go round between what saves one and what saves the other."""
+    profile = make_profile(candidates=(WIDE, NARROW))
+    for flops, size in itertools.product((0.3, 0.6, 0.9), (0.03, 0.2, 0.6)):
+        budgets = {"flops": {1000: f"{flops:.0%}"}, "kv_bytes": {1000: f"{size:.0%}"}}
+        with contextlib.suppress(UsageError):
+            found = select(profile, settings_of(method="greedy", budgets=budgets), "m")
+            assert all(cost["used"] <= cost["limit"] * (1 + 1e-6) for cost in found.costs.values())

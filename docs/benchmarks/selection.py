@@ -11,7 +11,7 @@ that no profile has seen. Writes selection.json beside this file and the tables 
 from __future__ import annotations
 
 import argparse
-import time
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,24 +74,14 @@ def main() -> None:
     track = rich_track()
     rows: list[dict[str, Any]] = []
     statistics: list[dict[str, Any]] = []
-    works: list[Work] = []
+    first: Work | None = None
     for seed in range(given.seeds):
-        recipe = load_recipe(RECIPE, [f"profile.seed={seed}", f"select.seed={seed}"])
-        work = Work(Run.create(recipe, given.out / f"seed-{seed}"), track)
-        if works:  # one model in memory
-            work.__dict__["_loaded"] = works[0]._loaded
-        works.append(work)
-        pipeline.run_stages(work, "profile")
-        profile = pipeline.measured_profile(work.run)
-        statistics += correlations(profile, seed)
-        plans = {
-            (name, budget): plan_of(work, profile, name, budget, seed) for name in given.methods for budget in BUDGETS
-        }
-        for domain in ("speeches", "code"):
-            judge = Judge(work, domain, seed, given.cases, track)
-            for (name, budget), (plan, told) in plans.items():
-                rows.append({"method": name, "budget": budget, "seed": seed, **told, **judge(plan)})
-    statistics += correlations(learning(given.out, works[0], track), 0)
+        work, found, judged = one_seed(seed, given.out, given.methods, given.cases, first, track)
+        first = first or work
+        statistics += found
+        rows += judged
+    assert first is not None
+    statistics += correlations(learning(given.out, first, track), 0)
     document = {
         "schema": 1,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -107,6 +97,25 @@ def main() -> None:
         selection_tables.write(document)
 
 
+def one_seed(
+    seed: int, out: Path, methods: Sequence[str], cases: int, other: Work | None, track: Track
+) -> tuple[Work, list[dict[str, Any]], list[dict[str, Any]]]:
+    """Correlations of a fresh profile, and what every method's plans come to; `other` has the model already."""
+    recipe = load_recipe(RECIPE, [f"profile.seed={seed}", f"select.seed={seed}"])
+    work = Work(Run.create(recipe, out / f"seed-{seed}"), track)
+    if other is not None:  # one model in memory
+        work.__dict__["_loaded"] = other._loaded
+    pipeline.run_stages(work, "profile")
+    profile = pipeline.measured_profile(work.run)
+    plans = {(name, budget): plan_of(work, profile, name, budget, seed) for name in methods for budget in BUDGETS}
+    rows = []
+    for domain in ("speeches", "code"):
+        judge = Judge(work, domain, seed, cases, track)
+        for (name, budget), (plan, told) in plans.items():
+            rows.append({"method": name, "budget": budget, "seed": seed, **told, **judge(plan)})
+    return work, correlations(profile, seed), rows
+
+
 def learning(out: Path, other: Work, track: Track) -> Profile:
     """The profile of candidates that learn, after their brief attention transfer; one seed, two cases."""
     changes = [f"profile.candidates={LEARNING}", "profile.gates=[]", "profile.needles.cases=2"]
@@ -120,21 +129,25 @@ def plan_of(
     work: Work, profile: Profile, name: str, budget: float, seed: int
 ) -> tuple[dict[Group, Spec], dict[str, Any]]:
     """The plan of a method, with what it took and what it predicted; kept in the run."""
-    folder = work.run.path / "study"
+    folder = place(work)
     settings = SelectSettings(groups=budget, seed=seed, **METHODS[name])
-    path = folder / f"plan-{name.replace(', ', '-').replace(' ', '-')}-{round(100 * budget)}.json"
+    asked = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
+    path = folder / f"plan-{name.replace(', ', '-').replace(' ', '-')}-{round(100 * budget)}-{asked}.json"
 
     def choose() -> dict[str, Any]:
-        start = time.perf_counter()
         found, history = pipeline.choose(work, profile, settings, folder)
         groups = {f"{n}.{g}": label(s) for (n, g), s in chosen_groups(profile, found.plan).items()}
-        seconds = time.perf_counter() - start
-        told = {"predicted": dict(found.predicted), "gap": found.gap, "seconds": seconds, "rounds": len(history)}
+        told = {"predicted": dict(found.predicted), "gap": found.gap, "rounds": len(history)}
         return {"groups": groups, "told": told}
 
     kept = stored(path, choose)
     groups = {(int(n), int(g)): profile.candidates[s] for key, s in kept["groups"].items() for n, g in [key.split(".")]}
     return groups, kept["told"]
+
+
+def place(work: Work) -> Path:
+    """Where what is made of a profile is kept: another one has another place."""
+    return work.run.path / "study" / work.run.key("profile")[:12]
 
 
 class Judge:
@@ -145,7 +158,8 @@ class Judge:
         self.template = TEMPLATES[seed % len(TEMPLATES)]
         documents = work.heldout if domain == "speeches" else read_texts(TextSource.model_validate(CODE), track=track)
         self.task: Needles = needles(work.tokenizer, documents, self.template, cases, LENGTH, 1000 + seed)
-        self.folder = work.run.path / "study" / f"{domain}-{cases}"
+        self.folder = place(work) / f"{domain}-{self.template}-{cases}x{LENGTH}"
+        self.learned = work.learned(work.profile_texts())
         self.teacher: list[torch.Tensor] = []
 
     def __call__(self, chosen: Mapping[Group, Spec]) -> dict[str, Any]:
@@ -161,14 +175,14 @@ class Judge:
         if not self.teacher:
             self.teacher = [self._logits(n) for n in self.track(range(len(task.ids)), f"{self.domain}: teacher")]
         total = {"kl": 0.0, "loss": 0.0, "exact": 0.0, "digits": 0.0}
-        with replaced(work.model, work.sites, chosen, {}):
+        with replaced(work.model, work.sites, chosen, self.learned):
             for n, want in enumerate(self.track(self.teacher, f"{self.domain}: {len(chosen)} groups converted")):
                 got = self._logits(n)
                 at = measured_positions(task.answer[n])
-                target = task.ids[n, at + 1]
+                target = task.ids[n, at + 1].to(got.device)
                 width = task.answer.shape[1]
-                total["kl"] += kl(want.float(), got.float())[:-width].mean().item()
-                loss = torch.nn.functional.nll_loss(got.float(), target, reduction="none")
+                total["kl"] += kl(want, got)[:-width].mean().item()
+                loss = torch.nn.functional.nll_loss(got, target, reduction="none")
                 total["loss"] += loss[:-width].mean().item()
                 hits = (got.argmax(-1) == target)[-width:].float()
                 total["exact"] += float(hits.min())
@@ -178,9 +192,9 @@ class Judge:
         return {**mean, "perplexity": perplexity, "cases": len(task.ids)}
 
     def _logits(self, case: int) -> torch.Tensor:
-        ids = self.task.ids[case][None]
-        at = measured_positions(self.task.answer[case])
-        return models.logits_at(self.work.model, ids, at)[0].float().log_softmax(-1).to(self.work.model.dtype)
+        device = self.work.model.device
+        at = measured_positions(self.task.answer[case].to(device))
+        return models.logits_at(self.work.model, self.task.ids[case][None].to(device), at)[0].float().log_softmax(-1)
 
 
 # --- what predicts damage ---------------------------------------------------------------------------------------------
@@ -199,8 +213,10 @@ def correlations(profile: Profile, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def rank_correlation(one: Sequence[float | None], other: Sequence[float | None]) -> float:
+def rank_correlation(one: Sequence[float | None], other: Sequence[float | None]) -> float | None:
     pairs = [(x, y) for x, y in zip(one, other, strict=True) if x is not None and y is not None]
+    if len({x for x, _ in pairs}) < 2 or len({y for _, y in pairs}) < 2:
+        return None
     return float(spearmanr([x for x, _ in pairs], [y for _, y in pairs]).statistic)
 
 
@@ -216,7 +232,7 @@ def statistics_of(profile: Profile, candidate: str) -> dict[str, list[float | No
             tables[name] = (table, sum)
     found = {
         name: [
-            combine(heads(row, site.heads // site.kv_heads, g))
+            known(combine, heads(row, site.heads // site.kv_heads, g))
             for site, row in zip(profile.sites, table, strict=True)
             for g in range(site.kv_heads)
         ]
@@ -233,6 +249,11 @@ def heads(row: Sequence[float], per: int, group: int) -> list[float]:
 
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def known(combine: Callable[[list[float]], float], values: list[float]) -> float | None:
+    """None where one of the heads has no number."""
+    return None if None in values else combine(values)
 
 
 if __name__ == "__main__":

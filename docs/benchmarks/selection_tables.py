@@ -63,15 +63,14 @@ def selectors(document: Mapping[str, Any]) -> list[str]:
             "",
             f"{budget:.0%} of the KV groups converted:",
             "",
-            "| selector | KL, speeches | KL, code | needle, share of the teacher's | digits | perplexity | takes |",
-            "|---|---:|---:|---:|---:|---:|---:|",
+            "| selector | KL, speeches | KL, code | needle, share of the teacher's | digits | perplexity |",
+            "|---|---:|---:|---:|---:|---:|",
         ]
         for name, some in sorted(methods.items(), key=lambda item: average(item[1], "kl")):
             kls = [spread([r for r in some if r["domain"] == domain], "kl", 3) for domain in ("speeches", "code")]
             needle = share(some, "exact")
             ratio = statistics.mean(r["perplexity"] / r["teacher_perplexity"] for r in some)
-            seconds = statistics.mean(r["seconds"] for r in some)
-            cells = [name, *kls, f"{needle:.0%}", f"{share(some, 'digits'):.0%}", f"{ratio:.3f}×", f"{seconds:.0f} s"]
+            cells = [name, *kls, f"{needle:.0%}", f"{share(some, 'digits'):.0%}", f"{ratio:.3f}×"]
             lines.append(f"| {' | '.join(cells)} |")
     return lines[1:]
 
@@ -83,11 +82,13 @@ def share(rows: Iterable[Mapping[str, Any]], name: str) -> float:
 
 
 def average(rows: Iterable[Mapping[str, Any]], name: str) -> float:
-    return statistics.mean(row[name] for row in rows)
+    return statistics.mean([row[name] for row in rows if row[name] is not None] or [0.0])
 
 
 def spread(rows: list[Mapping[str, Any]], name: str, digits: int = 2) -> str:
-    values = [row[name] for row in rows]
+    values = [row[name] for row in rows if row[name] is not None]
+    if not values:
+        return "–"
     form: Callable[[float], str] = lambda x: f"{x:.{digits}f}"  # noqa: E731
     low, high = form(min(values)), form(max(values))
     return form(statistics.mean(values)) + (f" ({low} … {high})" if low != high else "")
