@@ -280,6 +280,8 @@ def _budgets(profile: Profile, settings: SelectSettings, costs: Costs) -> list[B
         return [_counted("groups", left, total, settings.groups)]
     if settings.layers is not None:
         count = len(profile.sites)
+        if settings.layers > count:
+            raise UsageError(f"select.layers asks for {settings.layers} layers, the model has {count}: ask for fewer")
         return [_counted("layers", count - settings.layers, count, settings.layers)]
     given = settings.budgets or ({"kv_bytes": {LENGTH: "100%"}} if settings.keep_quality is not None else {})
     found = []

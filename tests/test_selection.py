@@ -558,3 +558,8 @@ def test_greedy_ends_where_two_operators_save_two_resources():
         with contextlib.suppress(UsageError):
             found = select(profile, settings_of(method="greedy", budgets=budgets), "m")
             assert all(cost["used"] <= cost["limit"] * (1 + 1e-6) for cost in found.costs.values())
+
+
+def test_more_layers_than_the_model_has_are_refused():
+    with pytest.raises(UsageError, match="the model has 4"):
+        select(make_profile(), settings_of(layers=6, unit="layer"), "m")

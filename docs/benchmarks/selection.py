@@ -40,6 +40,7 @@ from attnconvert.kernels.spec import Spec, label
 HERE = Path(__file__).parent
 RESULTS = HERE / "selection.json"
 RECIPE = HERE / "selection-study.yaml"
+DOMAINS = ("speeches", "code")
 BUDGETS = (0.6, 0.75)  # share of the KV groups that is converted
 TEMPLATES = ("account", "train", "shelf")  # one per seed; none of them is profiled on
 LENGTH = 640
@@ -67,6 +68,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cases", type=int, default=17, help="needle cases per seed and domain")
+    parser.add_argument("--domains", nargs="*", default=list(DOMAINS), choices=DOMAINS)
+    parser.add_argument("--no-learning", action="store_true", help="leave out the candidates that learn")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--out", type=Path, default=HERE.parent.parent / "runs" / "study")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -76,12 +79,13 @@ def main() -> None:
     statistics: list[dict[str, Any]] = []
     first: Work | None = None
     for seed in range(given.seeds):
-        work, found, judged = one_seed(seed, given.out, given.methods, given.cases, first, track)
+        work, found, judged = one_seed(seed, given.out, given.methods, given.domains, given.cases, first, track)
         first = first or work
         statistics += found
         rows += judged
     assert first is not None
-    statistics += correlations(learning(given.out, first, track), 0)
+    if not given.no_learning:
+        statistics += correlations(learning(given.out, first, track), 0)
     document = {
         "schema": 1,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -98,7 +102,13 @@ def main() -> None:
 
 
 def one_seed(
-    seed: int, out: Path, methods: Sequence[str], cases: int, other: Work | None, track: Track
+    seed: int,
+    out: Path,
+    methods: Sequence[str],
+    domains: Sequence[str],
+    cases: int,
+    other: Work | None,
+    track: Track,
 ) -> tuple[Work, list[dict[str, Any]], list[dict[str, Any]]]:
     """Correlations of a fresh profile, and what every method's plans come to; `other` has the model already."""
     recipe = load_recipe(RECIPE, [f"profile.seed={seed}", f"select.seed={seed}"])
@@ -109,7 +119,7 @@ def one_seed(
     profile = pipeline.measured_profile(work.run)
     plans = {(name, budget): plan_of(work, profile, name, budget, seed) for name in methods for budget in BUDGETS}
     rows = []
-    for domain in ("speeches", "code"):
+    for domain in domains:
         judge = Judge(work, domain, seed, cases, track)
         for (name, budget), (plan, told) in plans.items():
             rows.append({"method": name, "budget": budget, "seed": seed, **told, **judge(plan)})

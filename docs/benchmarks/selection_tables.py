@@ -58,16 +58,18 @@ def selectors(document: Mapping[str, Any]) -> list[str]:
     lines = []
     for budget in sorted({row["budget"] for row in document["selectors"]}):
         rows = [row for row in document["selectors"] if row["budget"] == budget]
+        domains = list(dict.fromkeys(row["domain"] for row in rows))
         methods = {row["method"]: [r for r in rows if r["method"] == row["method"]] for row in rows}
         lines += [
             "",
             f"{budget:.0%} of the KV groups converted:",
             "",
-            "| selector | KL, speeches | KL, code | needle, share of the teacher's | digits | perplexity |",
-            "|---|---:|---:|---:|---:|---:|",
+            f"| selector | {' | '.join(f'KL, {domain}' for domain in domains)} | needle, share of the teacher's "
+            "| digits | perplexity |",
+            "|---|" + "---:|" * (len(domains) + 3),
         ]
         for name, some in sorted(methods.items(), key=lambda item: average(item[1], "kl")):
-            kls = [spread([r for r in some if r["domain"] == domain], "kl", 3) for domain in ("speeches", "code")]
+            kls = [spread([r for r in some if r["domain"] == domain], "kl", 3) for domain in domains]
             needle = share(some, "exact")
             ratio = statistics.mean(r["perplexity"] / r["teacher_perplexity"] for r in some)
             cells = [name, *kls, f"{needle:.0%}", f"{share(some, 'digits'):.0%}", f"{ratio:.3f}×"]
