@@ -47,7 +47,9 @@ def test_linear_attention_and_its_gradients_are_the_definition(seed, level, caus
         do = cases.normal(rng, *got[0].shape, dtype=p.v.dtype)
         exact, plain = cases.linear_gradients(cases.double(p), do.double()), cases.linear_gradients(p, do)
         for name, x in zip(("fq", "fk", "v"), backend.linear_backward(p, *got[:2], do), strict=True):
-            cases.assert_close(x, exact[name], plain[name], name=f"d{name}")
+            # o is saved in bf16; where the normaliser is small one ulp of it is what cancellation leaves in dφ(q)
+            factor = 6 if name == "fq" and p.v.dtype == torch.bfloat16 else 2
+            cases.assert_close(x, exact[name], plain[name], name=f"d{name}", factor=factor)
 
 
 def test_a_state_may_be_split_anywhere(seed, level):
