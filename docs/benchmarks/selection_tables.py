@@ -35,8 +35,8 @@ def setting(document: Mapping[str, Any]) -> list[str]:
     data, machine = document["data"], document["machine"]
     cases = data["cases"] * data["seeds"]
     return [
-        f"SmolLM2-135M-Instruct, {document['date'][:10]}, {machine['cpu']}, {machine['cores']} core{'s' * (machine['cores'] > 1)}; "
-        f"{data['seeds']} seed{'s' * (data['seeds'] > 1)}; {cases} needle cases of {data['length']} tokens per domain, "
+        f"SmolLM2-135M-Instruct, {document['date'][:10]}, {machine['cpu']}, {machine['cores']} "
+        f"core{'s' * (machine['cores'] > 1)}; {data['seeds']} seed{'s' * (data['seeds'] > 1)}; {cases} needle cases of {data['length']} tokens per domain, "
         f"templates {', '.join(data['templates'])}."
     ]
 
