@@ -34,10 +34,10 @@ def write(document: Mapping[str, Any], page: Path = PAGE) -> None:
 def setting(document: Mapping[str, Any]) -> list[str]:
     data, machine = document["data"], document["machine"]
     cases = data["cases"] * data["seeds"]
+    plural = {name: f"{n} {name}{'s' * (n > 1)}" for name, n in (("core", machine["cores"]), ("seed", data["seeds"]))}
     return [
-        f"SmolLM2-135M-Instruct, {document['date'][:10]}, {machine['cpu']}, {machine['cores']} "
-        f"core{'s' * (machine['cores'] > 1)}; {data['seeds']} seed{'s' * (data['seeds'] > 1)}; {cases} needle cases of {data['length']} tokens per domain, "
-        f"templates {', '.join(data['templates'])}."
+        f"SmolLM2-135M-Instruct, {document['date'][:10]}, {machine['cpu']}, {plural['core']}; {plural['seed']}; "
+        f"{cases} needle cases of {data['length']} tokens per domain, templates {', '.join(data['templates'])}."
     ]
 
 
