@@ -26,6 +26,7 @@ from .convert.options import (
     Verbose,
     budget_overrides,
     command,
+    parse_lengths,
 )
 from .convert.recipe_commands import recipes_app
 from .convert.terminal import Terminal
@@ -153,7 +154,7 @@ def costs(
 
     terminal = Terminal(as_json=as_json, verbose=verbose, quiet=quiet)
     run = _run_of(target, out, settings)
-    wanted = _lengths(lengths) if lengths else []
+    wanted = parse_lengths(lengths) if lengths else []
     found = _pipeline().Work(run, terminal.track).costs(wanted, batch, repeats, again=True)
     terminal.result(costs_document(found), costs_table(found))
 
@@ -343,13 +344,6 @@ def _foresee(recipe: Recipe, folder: Path, until: str, terminal: Terminal) -> No
     terminal.result({"run": str(folder), "recipe": recipe.name, "stages": rows}, where, stages_table(rows))
 
 
-def _lengths(given: str) -> list[int]:
-    numbers = [int(part) if part.strip().isdecimal() else 0 for part in given.split(",")]
-    if min(numbers) < 8:
-        raise UsageError(f"--lengths {given}: give whole numbers of at least 8, such as 2048,8192")
-    return numbers
-
-
 def _known_stage(stage: str) -> None:
     if stage not in STAGES:
         close = difflib.get_close_matches(stage, STAGES, n=1)
@@ -392,7 +386,7 @@ def bench(
     from .convert.inspection import exported_folder
 
     terminal = Terminal(as_json=as_json, verbose=verbose, quiet=quiet)
-    numbers = _lengths(lengths)
+    numbers = parse_lengths(lengths)
     checkpoint = exported_folder(folder)
     found = _pipeline().bench(checkpoint, numbers, repeats, decode_tokens, terminal.track)
     from .convert.tables import speed_table

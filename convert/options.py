@@ -81,3 +81,11 @@ def budget_overrides(amounts: Mapping[str, Sequence[str] | None], keep_quality: 
     quality = "null" if keep_quality is None else f"{keep_quality:g}"
     rounds = ["select.rounds=0"] if keep_quality is not None else []  # it measures every plan it tries
     return [*none, *rounds, f"select.budgets={written}", f"select.keep_quality={quality}"]
+
+
+def parse_lengths(given: str) -> list[int]:
+    """The numbers of `--lengths 2048,8192`; UsageError where one is none, or below 8."""
+    numbers = [int(part) if part.strip().isdecimal() else 0 for part in given.split(",")]
+    if min(numbers) < 8:
+        raise UsageError(f"--lengths {given}: give whole numbers of at least 8, such as 2048,8192")
+    return numbers
