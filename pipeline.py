@@ -20,7 +20,7 @@ from .convert.fronts import front
 from .convert.hosts.transformers import all_full
 from .convert.keys import STAGES
 from .convert.machine import hardware
-from .convert.observation import Learned, Table
+from .convert.observation import Table
 from .convert.plan import Plan, read_plan, write_plan
 from .convert.profiling import Profile, profile
 from .convert.progress import Track, silent
@@ -29,7 +29,7 @@ from .convert.refinement import refine
 from .convert.report import write_report
 from .convert.selection import Selection, require_profile, select
 from .convert.sources import Document, fetch_model, load_model, refuse_overlap
-from .convert.text import Needles, sequences
+from .convert.text import sequences
 from .distill.gates import learn_gates
 from .distill.loop import distill
 from .distill.samples import prompts, read_samples, sample
@@ -49,13 +49,11 @@ def profile_stage(work: Work) -> None:
     """profile/profile.json"""
     settings = work.recipe.profile
     with work.run.stage("profile") as folder:
-        texts = work.profile_texts()
-        task = work.needles(settings.needles, work.calibration, settings.seed)
-        learned = work.learned(texts)
+        task = work.profile_needles
         found = profile(
             work.model,
             work.sites,
-            texts,
+            work.profile_texts,
             task,
             settings.candidates,
             rows=settings.rows,
@@ -64,7 +62,7 @@ def profile_stage(work: Work) -> None:
             track=work.track,
             gradients=settings.gradients,
             retrieval=[work.needles(x, work.calibration, settings.seed) for x in settings.retrieval],
-            learned=learned,
+            learned=work.learned,
             data={
                 "model": type(work.model).__name__,
                 "identity": identity(work.run),
@@ -73,11 +71,11 @@ def profile_stage(work: Work) -> None:
                 **settings.model_dump(mode="json", exclude={"candidates"}),
             },
         )
-        found = dataclasses.replace(found, gates=_gates(work, task, learned, folder))
+        found = dataclasses.replace(found, gates=_gates(work, folder))
         write_json(folder / PROFILE, found.to_json())
 
 
-def _gates(work: Work, task: Needles, learned: Learned, folder: Path) -> Table:
+def _gates(work: Work, folder: Path) -> Table:
     """What the methods with learned gates say of the first candidate, each kept in a file of its own."""
     settings, found = work.recipe.profile, {}
     for method in settings.gates:
@@ -87,12 +85,12 @@ def _gates(work: Work, task: Needles, learned: Learned, folder: Path) -> Table:
                 method,
                 work.model,
                 work.sites,
-                task,
+                work.profile_needles,
                 settings.candidates[0],
                 steps=settings.gate_steps,
                 full=settings.gate_full,
                 seed=settings.seed,
-                learned=learned,
+                learned=work.learned,
                 folder=folder,
                 track=work.track,
             )
@@ -109,14 +107,17 @@ def select_stage(work: Work) -> None:
         arms: dict[str, Any] = {}
         plans: dict[str, Plan] = {}
         wanted = {STUDENT: work.recipe.select} | {arm.name: arm.select for arm in work.recipe.compare}
+        costs = work.costs() if any(map(in_time, wanted.values())) else None
         for name, settings in wanted.items():
-            chosen, history = choose(work, measured, settings, folder)
+            chosen, history = choose(work, measured, settings, folder, costs if in_time(settings) else None)
             plans[name] = chosen.plan
             arms[name] = chosen.to_json() | ({"refinement": history} if history else {})
             write_plan(work.run.plan if name == STUDENT else folder / f"{name}.yaml", chosen.plan, chosen.reasons)
-        costs = work.costs() if in_time(work.recipe.select) else None
         try:
-            write_json(folder / FRONT, front(measured, work.recipe.select, costs, chosen=plans))
+            write_json(
+                folder / FRONT,
+                front(measured, work.recipe.select, costs if in_time(work.recipe.select) else None, chosen=plans),
+            )
         except UsageError as error:
             log.info("no front: %s", error)
         write_json(folder / SELECT, {"schema": 1, "arms": arms})
@@ -128,17 +129,14 @@ def in_time(settings: SelectSettings) -> bool:
 
 
 def choose(
-    work: Work, measured: Profile, settings: SelectSettings, folder: Path
+    work: Work, measured: Profile, settings: SelectSettings, folder: Path, costs: Costs | None = None
 ) -> tuple[Selection, list[dict[str, Any]]]:
-    """The plan of one arm; the model is loaded only where whole plans or times must be measured."""
+    """The plan of one arm; the model is loaded only where whole plans must be measured."""
     model = measured.data["model"]
-    costs = work.costs() if in_time(settings) else None
     needs_model = settings.rounds or settings.keep_quality is not None or settings.method == "restore"
     if not needs_model:
         return select(measured, settings, model, costs=costs), []
-    task = work.needles(work.recipe.profile.needles, work.calibration, work.recipe.profile.seed)
-    task = task.first(settings.measure_cases)
-    learned = work.learned(work.profile_texts())
+    task, learned = work.profile_needles.first(settings.measure_cases), work.learned
     place = folder / f"measured-{len(task.ids)}"
     measure = Joint(work.model, work.sites, task, learned, place, work.track)
     if not settings.rounds:

@@ -15,7 +15,7 @@ import torch
 
 from ..kernels.spec import Full, Spec, label
 from .budgets import Task, heads_of
-from .damage import Measure
+from .damage import Measure, joint_loss
 from .errors import UsageError
 from .losses import damage_losses
 from .relaxation import Floats, Ints
@@ -289,8 +289,7 @@ def _fits(task: Task, choice: Ints, u: int) -> bool:
 
 
 def _joint(task: Task, measure: Measure, choice: Ints) -> float:
-    found = measure(task.chosen(choice))
-    return max(found["kl"], 0.0) + task.settings.needle_weight * max(found["needle"], 0.0)
+    return joint_loss(measure(task.chosen(choice)), task.settings.needle_weight)
 
 
 SELECTORS: dict[str, Selector] = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +28,18 @@ if TYPE_CHECKING:
 MEASURES = ("kl", "needle")
 STRIDE = 4  # every 4th position takes part in the measured KL
 Group = tuple[int, int]  # site index, KV group
+Job = tuple[str, int, int]  # candidate, site index, KV group
 Measure = Callable[[Mapping[Group, Spec]], dict[str, float]]
 
 
 def kl(teacher: Tensor, student: Tensor) -> Tensor:
     """KL(teacher ‖ student) of log-probabilities (…, V), in nats. → (…)"""
     return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+
+
+def joint_loss(found: Mapping[str, float], weight: float) -> float:
+    """KL plus the weighted rise of the answer's loss: what a selection lowers. Below 0 is noise, and counts as 0."""
+    return max(found["kl"], 0.0) + weight * max(found["needle"], 0.0)
 
 
 def answer_loss(log_probabilities: Tensor, target: Tensor) -> float:
@@ -46,8 +53,7 @@ def replaced(model: Any, sites: Sequence[Site], chosen: Mapping[Group, Spec], le
     plan = all_full(sites)
     for (n, g), spec in chosen.items():
         plan[sites[n]][g] = spec
-    conversion = Conversion(model, plan)
-    try:
+    with models.converted(model, plan) as conversion:
         for site in {sites[n] for n, _ in chosen}:
             mine = conversion.sites[site.name]
             for spec, groups in mine.parts:
@@ -55,8 +61,6 @@ def replaced(model: Any, sites: Sequence[Site], chosen: Mapping[Group, Spec], le
                 if source is not None and target is not None:
                     take_groups(source, target, groups, site.kv_heads)
         yield conversion
-    finally:
-        conversion.remove()
 
 
 def take_groups(source: nn.Module, target: nn.Module, groups: Sequence[int], kv_heads: int) -> None:
@@ -82,52 +86,15 @@ def single_damage(
     """KL and needle loss of every single replacement, a case at a time; a finished case is never measured again."""
     jobs = [(name, n, g) for n, site in enumerate(sites) for name in names for g in range(site.kv_heads)]
     jobs = [(name, n, g) for name, n, g in jobs if refusal(sites[n], names[name]) is None]
-    cases = []
-    for case, ids in enumerate(needles.ids):
-        title = f"damage, case {case + 1} of {len(needles.ids)}"
-
-        def measure(ids: Tensor = ids, answer: Tensor = needles.answer[case], title: str = title) -> dict[str, Any]:
-            return _damage_of_case(model, sites, ids[None], answer, names, learned, track(jobs, title))
-
-        cases.append(stored(folder / f"damage-{case:03d}.json", measure))
-    rows = torch.tensor([[[m["kl"], m["needle"]] for m in case["jobs"]] for case in cases]).double()
-    damage = {name: {m: [[None] * s.kv_heads for s in sites] for m in MEASURES} for name in names}
-    for (name, n, g), row in zip(jobs, rows.mean(0).tolist(), strict=True):
-        damage[name]["kl"][n][g], damage[name]["needle"][n][g] = row
-    teacher = {"needle_nll": sum(case["teacher"] for case in cases) / len(cases)}
-    return {"damage": damage, "teacher": teacher}
+    cases = _cases(model, sites, needles, names, learned, jobs, {}, folder / "damage", track)
+    damage = _empty(names, sites)
+    for n_job, (name, n, g) in enumerate(jobs):
+        for m in MEASURES:
+            damage[name][m][n][g] = _mean(case["jobs"][n_job][m] for case in cases)
+    return {"damage": damage, "teacher": {"needle_nll": _mean(case["teacher"] for case in cases)}}
 
 
-def _damage_of_case(
-    model: Any,
-    sites: Sequence[Site],
-    ids: Tensor,
-    answer: Tensor,
-    names: Mapping[str, Spec],
-    learned: Learned,
-    jobs: Any,
-    around: Mapping[Group, Spec] | None = None,
-) -> dict[str, Any]:
-    """KL to the teacher and rise of the answer's loss for every job, the groups of `around` being replaced as well."""
-    ids, answer = ids.to(model.device), answer.to(model.device)
-    at = measured_positions(answer)
-    chosen = dict(around or {})
-    with replaced(model, sites, {}, learned):
-        want = models.logits_at(model, ids, at)[0].float().log_softmax(-1)
-    target = ids[0, answer]
-    base = answer_loss(want, target)
-    replay = Replay(model, sites)
-    with replaced(model, sites, chosen, learned), replay.record():
-        whole = models.logits_at(model, ids, at)[0].float().log_softmax(-1)
-    joint = {"kl": kl(want, whole).mean().item(), "needle": answer_loss(whole, target) - base}
-    rows = []
-    for name, n, group in jobs:
-        with replaced(model, sites, {**chosen, (n, group): names[name]}, learned), replay.start(n):
-            got = models.logits_at(model, ids, at)[0].float().log_softmax(-1)
-        rows.append({"kl": kl(want, got).mean().item(), "needle": answer_loss(got, target) - base})
-    return {"teacher": base, "joint": joint, "jobs": rows}
-
-
+@torch.no_grad()
 def marginal_damage(
     model: Any,
     sites: Sequence[Site],
@@ -152,26 +119,85 @@ def marginal_damage(
         if refusal(site, spec) is None
     ]
     jobs = [job for job in options if every[job[0]] != around.get(job[1:], Full())]
-    key = plan_key(around)
-    cases = []
-    for case, ids in enumerate(needles.ids):
-        title = f"re-scoring, case {case + 1} of {len(needles.ids)}"
-
-        def measure(ids: Tensor = ids, answer: Tensor = needles.answer[case], title: str = title) -> dict[str, Any]:
-            with torch.no_grad():
-                return _damage_of_case(
-                    model, sites, ids[None], answer, every, learned, track(jobs, title), dict(around)
-                )
-
-        cases.append(stored(folder / f"marginal-{key}-{case:03d}.json", measure))
-    means = {m: [sum(case["jobs"][i][m] for case in cases) / len(cases) for i in range(len(jobs))] for m in MEASURES}
-    joint = {m: sum(case["joint"][m] for case in cases) / len(cases) for m in MEASURES}
-    found = {m: dict.fromkeys(options, joint[m]) | dict(zip(jobs, means[m], strict=True)) for m in MEASURES}
-    table: dict[str, Table] = {name: {m: [[None] * s.kv_heads for s in sites] for m in MEASURES} for name in names}
-    for name, n, g in options:
-        for m in MEASURES if name in names else ():
-            table[name][m][n][g] = found[m][name, n, g] - found[m][label(Full()), n, g]
+    place = folder / f"marginal-{plan_key(around)}"
+    cases = _cases(model, sites, needles, every, learned, jobs, around, place, track)
+    table = _empty(names, sites)
+    for m in MEASURES:
+        found = dict.fromkeys(options, _mean(case["joint"][m] for case in cases))  # what stays as the plan has it
+        found |= {job: _mean(case["jobs"][i][m] for case in cases) for i, job in enumerate(jobs)}
+        for name, n, g in options:
+            if name in names:
+                table[name][m][n][g] = found[name, n, g] - found[label(Full()), n, g]
     return table
+
+
+def _empty(names: Iterable[str], sites: Sequence[Site]) -> dict[str, Table]:
+    return {name: {m: [[None] * s.kv_heads for s in sites] for m in MEASURES} for name in names}
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
+
+
+def _cases(
+    model: Any,
+    sites: Sequence[Site],
+    needles: Needles,
+    names: Mapping[str, Spec],
+    learned: Learned,
+    jobs: Sequence[Job],
+    around: Mapping[Group, Spec],
+    place: Path,
+    track: Track,
+) -> list[dict[str, Any]]:
+    """Every case of the jobs; one that is finished stays in `place`-000.json and so on."""
+    title = f"{'re-scoring' if around else 'damage'}, case {{}} of {len(needles.ids)}"
+    return [
+        stored(
+            place.with_name(f"{place.name}-{case:03d}.json"),
+            lambda case=case: _damage_of_case(  # type: ignore[misc]
+                model, sites, needles, case, names, learned, track(jobs, title.format(case + 1)), around
+            ),
+        )
+        for case in range(len(needles.ids))
+    ]
+
+
+def _damage_of_case(
+    model: Any,
+    sites: Sequence[Site],
+    needles: Needles,
+    case: int,
+    names: Mapping[str, Spec],
+    learned: Learned,
+    jobs: Iterable[Job],
+    around: Mapping[Group, Spec],
+) -> dict[str, Any]:
+    """KL to the teacher and rise of the answer's loss for every job, the groups of `around` being replaced as well."""
+    target = needles.ids[case, needles.answer[case]].to(model.device)
+    replay = Replay(model, sites)
+    with replaced(model, sites, {}, learned), replay.record():
+        want = log_probabilities(model, needles, case)
+    whole = want
+    if around:
+        with replaced(model, sites, around, learned), replay.record():
+            whole = log_probabilities(model, needles, case)
+    rows = []
+    for name, n, group in jobs:
+        with replaced(model, sites, {**around, (n, group): names[name]}, learned), replay.start(n):
+            rows.append(_compared(want, log_probabilities(model, needles, case), target))
+    return {"teacher": answer_loss(want, target), "joint": _compared(want, whole, target), "jobs": rows}
+
+
+def log_probabilities(model: Any, needles: Needles, case: int) -> Tensor:
+    """Of a case, at the positions that are measured, in fp32. → (P, V)"""
+    ids, at = needles.ids[case][None].to(model.device), measured_positions(needles.answer[case].to(model.device))
+    return models.logits_at(model, ids, at)[0].float().log_softmax(-1)
+
+
+def _compared(want: Tensor, got: Tensor, target: Tensor) -> dict[str, float]:
+    """What the answers `got` lose against the teacher's."""
+    return {"kl": kl(want, got).mean().item(), "needle": answer_loss(got, target) - answer_loss(want, target)}
 
 
 def plan_key(chosen: Mapping[Group, Spec]) -> str:
@@ -212,18 +238,11 @@ class Joint:
         if not self.teacher:
             with replaced(self.model, self.sites, {}, self.learned):
                 cases = self.track(range(len(self.needles.ids)), "teacher's answers")
-                self.teacher = [self._logits(n).cpu() for n in cases]
-        total = {"kl": 0.0, "needle": 0.0}
+                self.teacher = [log_probabilities(self.model, self.needles, n).cpu() for n in cases]
+        rows = []
         with replaced(self.model, self.sites, chosen, self.learned):
             for n, want in enumerate(self.track(self.teacher, f"joint damage {self.count}")):
-                got = self._logits(n)
-                want = want.to(got.device)
+                got = log_probabilities(self.model, self.needles, n)
                 target = self.needles.ids[n, self.needles.answer[n]].to(got.device)
-                total["kl"] += kl(want, got).mean().item()
-                total["needle"] += answer_loss(got, target) - answer_loss(want, target)
-        return {name: value / len(self.teacher) for name, value in total.items()}
-
-    def _logits(self, case: int) -> Tensor:
-        ids = self.needles.ids[case][None].to(self.model.device)
-        at = measured_positions(self.needles.answer[case].to(self.model.device))
-        return models.logits_at(self.model, ids, at)[0].float().log_softmax(-1)
+                rows.append(_compared(want.to(got.device), got, target))
+        return {m: _mean(row[m] for row in rows) for m in MEASURES}

@@ -7,6 +7,7 @@ then. What the pass itself keeps is what training on one sequence keeps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from ..kernels import operators
 from ..kernels.call import Call
 from ..kernels.spec import Full, Spec
 from .hosts import models
-from .hosts.transformers import Conversion, Site, SiteOperators, refusal
+from .hosts.transformers import Conversion, Site, SiteOperators, all_full, refusal
 from .observation import BLOCK, Learned, Means, Rows
 from .text import Needles
 
@@ -44,18 +45,12 @@ def first_order(
         `influence` is Σ|A ⊙ (G − rowsum(G ⊙ A)) / (1 − A)| per row with G = ∂L/∂A, of sampled rows (MoA, Fu et al.
         2024): what masking the entries at a distance would change of the text's loss, to first order.
     """
-    means = Means()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)
-    conversion = Conversion(model, {site: [Full()] * site.kv_heads for site in sites})
-    try:
+    effects = _Effects(names, rows, learned)
+    with models.frozen(model), models.converted(model, all_full(sites)) as conversion:
         for case in track(range(len(needles.ids)), "first-order effects"):
             for loss in LOSSES:
-                _case(model, conversion, needles, case, loss, names, rows, learned, means)
-    finally:
-        conversion.remove()
-        for p in trainable:
-            p.requires_grad_(True)
+                _backward(model, conversion, needles, case, loss, effects)
+    means = effects.means
     tables = {loss: {name: means.table(f"{loss} {name}", sites) for name in names} for loss in LOSSES}
     return {
         "first_order": tables["text"],
@@ -64,17 +59,30 @@ def first_order(
     }
 
 
-def _case(
-    model: Any,
-    conversion: Conversion,
-    needles: Needles,
-    case: int,
-    loss: str,
-    names: Mapping[str, Spec],
-    rows: int,
-    learned: Learned,
-    means: Means,
-) -> None:
+@dataclass
+class _Effects:
+    """Gathers what every candidate would change, site by site, as gradients arrive."""
+
+    names: Mapping[str, Spec]
+    rows: int
+    learned: Learned
+    means: Means = field(default_factory=Means)
+
+    @torch.no_grad()
+    def add(self, site: Site, held: tuple[Tensor, ...], gradient: Tensor, call: Call, loss: str) -> None:
+        """`held` is q, k, v and the attention output o (B, H, S, D) of the site, `gradient` that of the loss by o."""
+        q, k, v, o = held
+        for name, spec in self.names.items():
+            if refusal(site, spec):
+                continue
+            got, _ = operators.attend(spec, q, k, v, call, None, self.learned.get((site.name, name)))
+            effect = ((got - o).float() * gradient.float()).sum((0, 2, 3))  # (H,)
+            self.means.add(f"{loss} {name}", site.name, effect.abs())
+        if loss == "text":
+            self.means.add("influence", site.name, _influence(q, k, v, gradient, call, self.rows))
+
+
+def _backward(model: Any, conversion: Conversion, needles: Needles, case: int, loss: str, effects: _Effects) -> None:
     ids = needles.ids[case][None].to(model.device)
     answer = needles.answer[case].to(model.device)
     at = answer - 1 if loss == "needle" else torch.arange(int(answer[0]) - 1, device=ids.device)
@@ -84,41 +92,12 @@ def _case(
         if not o.requires_grad:  # the first site: nothing before it asks for gradients
             o = o.detach().requires_grad_(True)
         held = (q.detach(), k.detach(), v.detach(), o.detach())
-
-        def arrived(gradient: Tensor) -> None:
-            with torch.no_grad():
-                _effects(site.site, *held, gradient, call, loss, names, rows, learned, means)
-
-        o.register_hook(arrived)
+        o.register_hook(lambda gradient: effects.add(site.site, held, gradient, call, loss))
         return o
 
     with torch.enable_grad(), conversion.observe(observe):
         logits = models.logits_at(model, ids, at)[0].float()
         F.cross_entropy(logits, ids[0, at + 1]).backward()
-
-
-def _effects(
-    site: Site,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    gradient: Tensor,
-    call: Call,
-    loss: str,
-    names: Mapping[str, Spec],
-    rows: int,
-    learned: Learned,
-    means: Means,
-) -> None:
-    for name, spec in names.items():
-        if refusal(site, spec):
-            continue
-        got, _ = operators.attend(spec, q, k, v, call, None, learned.get((site.name, name)))
-        effect = ((got - o).float() * gradient.float()).sum((0, 2, 3))  # (H,)
-        means.add(f"{loss} {name}", site.name, effect.abs())
-    if loss == "text":
-        means.add("influence", site.name, _influence(q, k, v, gradient, call, rows))
 
 
 def _influence(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, call: Call, rows: int) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..kernels.spec import Spec, Window, label
 from .budgets import Losses, Task, heads_of
-from .damage import Group
+from .damage import Group, joint_loss
 from .errors import UsageError
 from .profiling import Profile
 
@@ -35,7 +35,7 @@ def damage_losses(profile: Profile, settings: SelectSettings) -> Losses:
         kl, needle = (cell(profile.damage.get(label(spec), {}).get(m), *group) for m in ("kl", "needle"))
         if kl is None or needle is None:
             return None
-        return max(kl, 0.0) + settings.needle_weight * max(needle, 0.0)
+        return joint_loss({"kl": kl, "needle": needle}, settings.needle_weight)
 
     return loss
 

@@ -18,7 +18,7 @@ from ..kernels import operators, window
 from ..kernels.call import Call, grouped, logits
 from ..kernels.spec import Full, Retention, Spec, Window
 from .hosts import models
-from .hosts.transformers import Conversion, Site, SiteOperators, refusal
+from .hosts.transformers import Site, SiteOperators, all_full, refusal
 from .text import Needles
 
 if TYPE_CHECKING:
@@ -139,14 +139,10 @@ def text_statistics(
                 means.add(f"lost {label}", name, 1 - kept)
         return o
 
-    conversion = Conversion(model, {site: [Full()] * site.kv_heads for site in sites})
-    try:
-        with conversion.observe(observe):
-            for ids in track(texts.split(1), "statistics"):
-                model(ids.to(model.device), use_cache=False, **models.last_logits(model))
-                similarity += _overlap([maps[s.name] for s in sites])
-    finally:
-        conversion.remove()
+    with models.converted(model, all_full(sites)) as conversion, conversion.observe(observe):
+        for ids in track(texts.split(1), "statistics"):
+            model(ids.to(model.device), use_cache=False, **models.last_logits(model))
+            similarity += _overlap([maps[s.name] for s in sites])
     plain = ("entropy", "local_mass", "sink_mass", "pooled_recall", *(f"density_{round(100 * m)}" for m in MASSES))
     first = next(iter(names))
     return {
@@ -311,12 +307,8 @@ def retrieval_scores(model: Any, sites: Sequence[Site], tasks: Sequence[Needles]
         means.add("retrieval", site.site.name, p[0].gather(-1, index).mean((1, 2)))
 
     cases = [(task, n) for task in tasks for n in range(len(task.ids))]
-    conversion = Conversion(model, {site: [Full()] * site.kv_heads for site in sites})
-    try:
-        with conversion.observe(observe):
-            for task, n in track(cases, "retrieval heads"):
-                here.update(answer=task.answer[n].to(model.device), needle=task.needle[n].to(model.device))
-                model(task.ids[n][None].to(model.device), use_cache=False, **models.last_logits(model))
-    finally:
-        conversion.remove()
+    with models.converted(model, all_full(sites)) as conversion, conversion.observe(observe):
+        for task, n in track(cases, "retrieval heads"):
+            here.update(answer=task.answer[n].to(model.device), needle=task.needle[n].to(model.device))
+            model(task.ids[n][None].to(model.device), use_cache=False, **models.last_logits(model))
     return means.table("retrieval", sites)

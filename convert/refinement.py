@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..kernels.spec import Full, Spec, label
 from .costs import Costs
-from .damage import Group, Measure
+from .damage import Group, Measure, joint_loss
 from .observation import Table
 from .plan import Plan
 from .profiling import Profile
@@ -44,7 +44,7 @@ def refine(
         marginal: what each group adds to the damage of a plan, as `damage.marginal_damage`.
     """
     best = select(profile, settings, model, costs=costs, measure=measure)
-    scores = _single(profile, settings) if settings.method == "damage" else {}
+    scores = _scores(profile.damage, settings) if settings.method == "damage" else {}
     best, loss = _measured(best, profile, settings, measure)
     history = [_told(0, "single damages", best, loss, True)]
     for number in range(1, settings.rounds + 1):
@@ -72,11 +72,6 @@ def chosen_groups(profile: Profile, plan: Plan) -> dict[Group, Spec]:
     return {group: spec for group, spec in every.items() if spec != Full()}
 
 
-def joint_loss(found: Mapping[str, float], weight: float) -> float:
-    """What refinement lowers: KL plus the weighted rise of the needle loss."""
-    return max(found["kl"], 0.0) + weight * max(found["needle"], 0.0)
-
-
 def _measured(
     found: Selection, profile: Profile, settings: SelectSettings, measure: Measure
 ) -> tuple[Selection, float]:
@@ -95,10 +90,6 @@ def _scores(damage: Mapping[str, Table], settings: SelectSettings) -> Scores:
                         {"kl": kl, "needle": needle}, settings.needle_weight
                     )
     return scores
-
-
-def _single(profile: Profile, settings: SelectSettings) -> Scores:
-    return _scores(profile.damage, settings)
 
 
 def _mean(one: Scores, other: Scores) -> Scores:

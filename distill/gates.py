@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,9 +64,6 @@ def learn_gates(
     )  # fmt: skip
     at = needles.answer[0].to(model.device) - 1
     target = full * sum(s.kv_heads for s in able)
-    conversion = Conversion(model, all_full(sites))
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)
 
     def observe(site: SiteOperators, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         name = site.site.name
@@ -76,7 +74,7 @@ def learn_gates(
         g = bounded(gates[name]).to(o.dtype).repeat_interleave(q.shape[1] // k.shape[1])[:, None, None]
         return g * o + (1 - g) * other
 
-    def step(ids: Tensor) -> dict[str, float]:
+    def step(conversion: Conversion, ids: Tensor) -> dict[str, float]:
         with torch.no_grad():
             want = models.trunk(model)(ids, use_cache=False).last_hidden_state
         with torch.enable_grad(), conversion.observe(observe):
@@ -92,12 +90,8 @@ def learn_gates(
             loss.backward()
         return {"loss": loss.item(), "error": error.item(), "mean_gate": bounded(flat).mean().item()}
 
-    try:
-        trainer.run(step, needles.ids, 1, seed, track)
-    finally:
-        conversion.remove()
-        for p in trainable:
-            p.requires_grad_(True)
+    with models.frozen(model), models.converted(model, all_full(sites)) as conversion:
+        trainer.run(partial(step, conversion), needles.ids, 1, seed, track)
     return {method: [bounded(gates[s.name]).tolist() if s.name in gates else [None] * s.kv_heads for s in sites]}
 
 

@@ -55,23 +55,18 @@ def distill(
     """
     torch.manual_seed(settings.seed)
     dropouts = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
-    trained = [p for p in model.parameters() if p.requires_grad]
     for module in dropouts:
         module.p = 0.0  # the student is to match the teacher, not a noisy version of it
-    model.requires_grad_(False)
-    conversion = Conversion(model, plan)
-    learned = conversion.learned()
     try:
-        if settings.transfer and settings.transfer.steps and learned:
-            _transfer(model, conversion, samples, settings.transfer, settings.seed, folder, track)
-        if settings.lora and any(spec != Full() for specs in plan.values() for spec in specs):
-            _lora(model, conversion, plan, samples, settings.lora, settings.seed, folder, track)
-        with replacing(folder / OPERATORS) as temporary:
-            save_file({name: p.detach().contiguous() for name, p in learned.items()}, temporary)
+        with models.frozen(model), models.converted(model, plan) as conversion:
+            learned = conversion.learned()
+            if settings.transfer and settings.transfer.steps and learned:
+                _transfer(model, conversion, samples, settings.transfer, settings.seed, folder, track)
+            if settings.lora and any(spec != Full() for specs in plan.values() for spec in specs):
+                _lora(model, conversion, plan, samples, settings.lora, settings.seed, folder, track)
+            with replacing(folder / OPERATORS) as temporary:
+                save_file({name: p.detach().contiguous() for name, p in learned.items()}, temporary)
     finally:
-        conversion.remove()
-        for p in trained:
-            p.requires_grad_(True)
         for module, rate in dropouts.items():
             module.p = rate
 
@@ -115,18 +110,12 @@ def fit_operators(
     The steps are kept in `folder`; the model is left as it was.
     """
     able = [site for site in sites if refusal(site, spec) is None]
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)
-    conversion = Conversion(model, all_full(sites) | {site: [spec] * site.kv_heads for site in able})
-    try:
+    plan = all_full(sites) | {site: [spec] * site.kv_heads for site in able}
+    with models.frozen(model), models.converted(model, plan) as conversion:
         if settings.steps and conversion.learned():
             _transfer(model, conversion, samples, settings, seed, folder, track)
         found = {site.name: conversion.sites[site.name].learned(spec) for site in able}
-        return {(name, label(spec)): module for name, module in found.items() if module is not None}
-    finally:
-        conversion.remove()
-        for p in trainable:
-            p.requires_grad_(True)
+    return {(name, label(spec)): module for name, module in found.items() if module is not None}
 
 
 def _lora(

@@ -21,6 +21,7 @@ from ..convert.progress import Track, silent
 from ..convert.recipe_schema import TransferSettings
 from ..convert.sources import Document, fetch_model, load_model, read_texts, refuse_overlap
 from ..convert.text import Needles, needles, sequences
+from ..kernels import operators
 from ..kernels.spec import label
 from .loop import fit_operators, load_student
 
@@ -89,10 +90,17 @@ class Work:
             sequences(self.tokenizer, self.heldout, settings.sequences, length, settings.seed)
         self.needles(settings.needles, self.heldout, settings.seed)
 
+    @cached_property
     def profile_texts(self) -> Tensor:
         """(n, S) calibration tokens of the profile."""
         settings = self.recipe.profile
         return sequences(self.tokenizer, self.calibration, settings.sequences, settings.length, settings.seed)
+
+    @cached_property
+    def profile_needles(self) -> Needles:
+        """The cases on which damage is measured."""
+        settings = self.recipe.profile
+        return self.needles(settings.needles, self.calibration, settings.seed)
 
     def cost_lengths(self) -> list[int]:
         """The lengths that budgets and timings of the recipe speak of."""
@@ -143,12 +151,15 @@ class Work:
         write_json(path, {**costs.to_json(), "versions": versions()})
         return costs
 
-    def learned(self, texts: Tensor) -> dict[tuple[str, str], nn.Module]:
-        """What the candidates that learn come to in a brief attention transfer on `texts` (n, S)."""
+    @cached_property
+    def learned(self) -> dict[tuple[str, str], nn.Module]:
+        """What the candidates that learn come to in a brief attention transfer on the texts of the profile."""
         settings, found = self.recipe.profile, {}
         brief = TransferSettings(steps=settings.transfer_steps)
         for spec in settings.candidates:
-            folder = self.run.folder("profile") / f"fit-{label(spec)}"
+            if operators.of(spec).parameters(spec, 1, 1, 1) is None:
+                continue
+            folder, texts = self.run.folder("profile") / f"fit-{label(spec)}", self.profile_texts
             found.update(fit_operators(self.model, self.sites, spec, texts, brief, settings.seed, folder, self.track))
         return found
 

@@ -3,6 +3,8 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from attnconvert.convert.text import Needles
+
 BASE = {
     "vocab_size": 99,
     "hidden_size": 64,
@@ -55,3 +57,11 @@ def tiny(name, seed=0, **changes):
         if "sinks" in name:
             p.data.normal_()
     return model
+
+
+def needle_cases(cases=2, length=48, vocabulary=97):
+    """Random tokens in which the three at position 10 come again at the end."""
+    ids = torch.randint(2, vocabulary, (cases, length), generator=torch.Generator().manual_seed(0))
+    found = torch.arange(10, 13).expand(cases, -1)
+    answer = torch.arange(length - 3, length).expand(cases, -1)
+    return Needles(ids.scatter(1, answer, ids.gather(1, found)), answer, found)

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from models import tiny
-from test_observation import needle_cases
+from models import needle_cases, tiny
 
 from attnconvert.convert.hosts.models import find_sites
 from attnconvert.convert.profiling import untrained
@@ -17,7 +16,7 @@ def learn(model, folder, method, spec, steps=6, full=0.5):
     sites = find_sites(model)
     learned = untrained(sites, {label(spec): spec}, "cpu")
     settings = {"steps": steps, "full": full, "seed": 0, "learned": learned, "folder": folder, "track": silent}
-    return learn_gates(method, model, sites, needle_cases(), spec, **settings)[method]
+    return learn_gates(method, model, sites, needle_cases(length=96), spec, **settings)[method]
 
 
 def test_duo_closes_gates_that_nothing_is_lost_by(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import tiny
+from models import needle_cases, tiny
 
 from attnconvert.convert import observation
 from attnconvert.convert.damage import Joint, marginal_damage, take_groups
@@ -14,7 +14,6 @@ from attnconvert.convert.observation import BLOCK, FRACTIONS, Rows, kept_mass, r
 from attnconvert.convert.profiling import untrained
 from attnconvert.convert.progress import silent
 from attnconvert.convert.recipe import TransferSettings
-from attnconvert.convert.text import Needles
 from attnconvert.distill.loop import fit_operators
 from attnconvert.kernels import operators, retention
 from attnconvert.kernels.call import Call, grouped, logits
@@ -30,13 +29,6 @@ def heads(length=200, queries=4, groups=2, dim=16, seed=0):
 def dense(q, k, scale):
     s = (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)) * scale
     return s.masked_fill(torch.ones(s.shape[-2:]).triu(1).bool(), -torch.inf).softmax(-1)
-
-
-def needle_cases(cases=2, length=96, vocabulary=97):
-    ids = torch.randint(2, vocabulary, (cases, length), generator=torch.Generator().manual_seed(0))
-    found = torch.arange(10, 13).expand(cases, -1)
-    answer = torch.arange(length - 3, length).expand(cases, -1)
-    return Needles(ids.scatter(1, answer, ids.gather(1, found)), answer, found)
 
 
 def test_mass_kept_by_a_window_is_the_softmax_share_of_what_it_reads():
@@ -132,7 +124,7 @@ def test_layers_are_as_similar_to_themselves_as_can_be_and_less_to_others():
 
 def test_first_order_effects_predict_the_loss_of_a_small_change():
     """⟨ô − o, ∂L/∂o⟩ against the loss with o + ε (ô − o) in one head's place."""
-    model, spec, cases = tiny("llama"), Window(size=6, sinks=1), needle_cases(cases=1)
+    model, spec, cases = tiny("llama"), Window(size=6, sinks=1), needle_cases(cases=1, length=96)
     sites = find_sites(model)
     found = first_order(model, sites, cases, {label(spec): spec}, 16, {}, silent)
     at = {"first_order": torch.arange(0, 92), "first_order_needle": torch.arange(92, 95)}
@@ -181,7 +173,7 @@ def test_influence_is_the_first_order_effect_of_masking_entries():
 
 
 def test_joint_damage_is_that_of_the_whole_plan_and_is_measured_once(tmp_path):
-    model, spec, cases = tiny("llama"), Window(size=6, sinks=1), needle_cases()
+    model, spec, cases = tiny("llama"), Window(size=6, sinks=1), needle_cases(length=96)
     sites = find_sites(model)
     joint = Joint(model, sites, cases, {}, tmp_path, silent)
     chosen = {(0, 1): spec, (2, 0): spec, (1, 0): Full()}
@@ -221,7 +213,7 @@ def test_a_group_takes_what_its_heads_learned():
 
 
 def test_marginal_damage_is_the_difference_of_two_joint_ones(tmp_path):
-    model, spec, cases = tiny("qwen3"), Window(size=6, sinks=1), needle_cases()
+    model, spec, cases = tiny("qwen3"), Window(size=6, sinks=1), needle_cases(length=96)
     sites, names = find_sites(model), {label(spec): spec}
     around = {(0, 1): spec, (2, 0): spec}
     found = marginal_damage(model, sites, cases, names, {}, around, tmp_path, silent)[label(spec)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import tiny
+from models import needle_cases, tiny
 
 from attnconvert.convert import damage as damage_module
 from attnconvert.convert.files import read_json
@@ -11,17 +11,9 @@ from attnconvert.convert.hosts.models import find_sites
 from attnconvert.convert.hosts.transformers import Conversion
 from attnconvert.convert.profiling import Profile, profile
 from attnconvert.convert.progress import silent
-from attnconvert.convert.text import Needles
 from attnconvert.kernels.spec import Full, Linear, Window
 
 CANDIDATES = [Window(size=6, sinks=1), Linear()]
-
-
-def needle_cases(cases=2, length=48):
-    ids = torch.randint(2, 97, (cases, length), generator=torch.Generator().manual_seed(0))
-    found = torch.arange(10, 13).expand(cases, -1)
-    answer = torch.arange(length - 3, length).expand(cases, -1)
-    return Needles(ids.scatter(1, answer, ids.gather(1, found)), answer, found)
 
 
 def measure(model, folder, damage=True, candidates=CANDIDATES):

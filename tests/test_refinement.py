@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 from test_selection import NARROW, make_profile, settings_of
 
-from attnconvert.convert.refinement import chosen_groups, joint_loss, refine
+from attnconvert.convert.damage import joint_loss
+from attnconvert.convert.refinement import chosen_groups, refine
 from attnconvert.convert.selection import select
 from attnconvert.kernels.spec import label
 

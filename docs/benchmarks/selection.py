@@ -22,9 +22,8 @@ import torch
 from scipy.stats import spearmanr
 
 from attnconvert import pipeline
-from attnconvert.convert.damage import Group, kl, measured_positions, plan_key, replaced
+from attnconvert.convert.damage import Group, kl, log_probabilities, measured_positions, plan_key, replaced
 from attnconvert.convert.files import stored, write_json
-from attnconvert.convert.hosts import models
 from attnconvert.convert.machine import hardware, versions
 from attnconvert.convert.profiling import Profile
 from attnconvert.convert.progress import Track, rich_track
@@ -169,7 +168,7 @@ class Judge:
         documents = work.heldout if domain == "speeches" else read_texts(TextSource.model_validate(CODE), track=track)
         self.task: Needles = needles(work.tokenizer, documents, self.template, cases, LENGTH, 1000 + seed)
         self.folder = place(work) / f"{domain}-{self.template}-{cases}x{LENGTH}"
-        self.learned = work.learned(work.profile_texts())
+        self.learned = work.learned
         self.teacher: list[torch.Tensor] = []
 
     def __call__(self, chosen: Mapping[Group, Spec]) -> dict[str, Any]:
@@ -183,11 +182,14 @@ class Judge:
     def _measure(self, chosen: Mapping[Group, Spec]) -> dict[str, Any]:
         work, task = self.work, self.task
         if not self.teacher:
-            self.teacher = [self._logits(n) for n in self.track(range(len(task.ids)), f"{self.domain}: teacher")]
+            self.teacher = [
+                log_probabilities(work.model, task, n)
+                for n in self.track(range(len(task.ids)), f"{self.domain}: teacher")
+            ]
         total = {"kl": 0.0, "loss": 0.0, "exact": 0.0, "digits": 0.0}
         with replaced(work.model, work.sites, chosen, self.learned):
             for n, want in enumerate(self.track(self.teacher, f"{self.domain}: {len(chosen)} groups converted")):
-                got = self._logits(n)
+                got = log_probabilities(work.model, task, n)
                 at = measured_positions(task.answer[n])
                 target = task.ids[n, at + 1].to(got.device)
                 width = task.answer.shape[1]
@@ -200,11 +202,6 @@ class Judge:
         mean = {name: value / len(task.ids) for name, value in total.items()}
         perplexity = float(torch.tensor(mean.pop("loss")).exp())
         return {**mean, "perplexity": perplexity, "cases": len(task.ids)}
-
-    def _logits(self, case: int) -> torch.Tensor:
-        device = self.work.model.device
-        at = measured_positions(self.task.answer[case].to(device))
-        return models.logits_at(self.work.model, self.task.ids[case][None].to(device), at)[0].float().log_softmax(-1)
 
 
 # --- what predicts damage ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// Mixed and linear attention, forward: packs each KV group once and shares its tiles of rows out over the threads.
+// Mixed attention, forward, and what is linear alone by `Scan`: packs each KV group once and shares its tiles of rows out over the threads.
 #include "branch.h"
 #include "scan.h"
 
@@ -40,7 +40,7 @@ class Forward {
    public:
     explicit Forward(const Args& args, int64_t per) : a(args), per_(per) {
         const std::vector<Sequence> all = sequences(a);
-        const int64_t heads = a.softmax ? a.k.size[1] : a.fk.size[1];
+        const int64_t heads = a.k.size[1];
         D = a.v.size[3];
         F = a.fq.data ? a.fq.size[3] : 0;
         for (const Sequence& s : all) {
@@ -66,12 +66,10 @@ class Forward {
     Group plan_group(const Sequence& s, int64_t g) {
         Group y;
         y.x = which(a, s, g);
-        if (a.softmax) {
-            y.near.real = real_keys(a, s);
-            y.near.clean = !a.valid.data;
-            y.near_floats = packed_floats(y.near, s.K, D, per_);
-            y.has_extra = a.extra_k.data && y.x.w >= 0;
-        }
+        y.near.real = real_keys(a, s);
+        y.near.clean = !a.valid.data;
+        y.near_floats = packed_floats(y.near, s.K, D, per_);
+        y.has_extra = a.extra_k.data && y.x.w >= 0;
         if (y.has_extra) {
             const int64_t n = a.extra_at.size[2];
             y.extra_floats = packed_floats(y.extra, n, D, per_);
@@ -101,16 +99,14 @@ class Forward {
             const size_t begin = out.size();
             const int64_t rows = y.x.s.Q * y.x.G;
             const int64_t block = y.x.lists ? a.block_q * y.x.G : tile_rows(y.x.G);
-            if (a.softmax) std::fill(y.near.needed.begin(), y.near.needed.end(), 0);
+            std::fill(y.near.needed.begin(), y.near.needed.end(), 0);
             for (int64_t t = 0; t < rows; t += block) {
                 const int64_t end = std::min(t + block, rows);
                 int64_t weight = F;
-                if (a.softmax) {
-                    spans(a, y.x, t, end, todo);
-                    for (const Span& s : todo) {
-                        weight += s.to - s.from;
-                        for (int64_t c = s.from / ALIGN; c * ALIGN < up(s.to, W); c++) y.near.needed[c] = 1;
-                    }
+                spans(a, y.x, t, end, todo);
+                for (const Span& s : todo) {
+                    weight += s.to - s.from;
+                    for (int64_t c = s.from / ALIGN; c * ALIGN < up(s.to, W); c++) y.near.needed[c] = 1;
                 }
                 out.push_back({static_cast<int64_t>(i), t, end, weight * (end - t)});
             }
@@ -139,11 +135,9 @@ class Forward {
         for (size_t i = first; i < last; i++) {
             Group& y = groups_[i];
             const auto group = static_cast<int64_t>(i);
-            if (a.softmax) {
-                lay(y.near, at);
-                for (size_t u = 0; u < y.near.needed.size(); u++)
-                    if (y.near.needed[u]) packing.push_back({group, 0, static_cast<int64_t>(u)});
-            }
+            lay(y.near, at);
+            for (size_t u = 0; u < y.near.needed.size(); u++)
+                if (y.near.needed[u]) packing.push_back({group, 0, static_cast<int64_t>(u)});
             if (y.has_extra) {
                 lay(y.extra, at + y.near_floats);
                 for (size_t u = 0; u < y.extra.needed.size(); u++)
@@ -206,10 +200,10 @@ class Forward {
         const int64_t step = tile_rows(y.x.G);
         for (int64_t t = job.t0; t < job.t1; t += step) {
             const int64_t n = std::min(step, job.t1 - t);
-            if (a.softmax) softmax_tile<Op>(a, y.x, y.near, y.has_extra ? &y.extra : nullptr, todo, t, n, r);
+            softmax_tile<Op>(a, y.x, y.near, y.has_extra ? &y.extra : nullptr, todo, t, n, r);
             if (y.t >= 0) far_tile(y, t, n, r.s, l);
             for (int64_t i = 0; i < n; i++) {
-                if (a.softmax) finish_softmax(y, t + i, i, r, l);
+                finish_softmax(y, t + i, i, r, l);
                 if (y.t >= 0 && !a.shared) finish_linear(y, t + i, i, l);
             }
         }
