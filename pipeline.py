@@ -17,6 +17,7 @@ from .convert.errors import GateMissed, UsageError
 from .convert.export import export, verify
 from .convert.files import read_json, stored, write_json
 from .convert.fronts import front
+from .convert.hosts.models import is_encoder
 from .convert.hosts.transformers import all_full
 from .convert.keys import STAGES
 from .convert.machine import hardware
@@ -61,7 +62,9 @@ def profile_stage(work: Work) -> None:
             folder=folder,
             track=work.track,
             gradients=settings.gradients,
-            retrieval=[work.needles(x, work.calibration, settings.seed) for x in settings.retrieval],
+            retrieval=[]
+            if is_encoder(work.model)
+            else [work.needles(x, work.calibration, settings.seed) for x in settings.retrieval],
             learned=work.learned,
             data={
                 "model": type(work.model).__name__,
@@ -152,6 +155,7 @@ def choose(
 def sample_stage(work: Work) -> None:
     """samples/shard-….parquet"""
     settings = work.recipe.sample
+    work.require_generation("sample")
     with work.run.stage("sample") as folder:
         starts = prompts(work.tokenizer, work.calibration, settings)
         sample(work.model, work.sites, starts, settings, folder, work.track)
@@ -271,6 +275,7 @@ def run_stages(work: Work, until: str = "export") -> list[str]:
     ran = []
     stages = STAGES[: STAGES.index(until) + 1]
     if "evaluate" in stages and not work.run.is_done("evaluate"):
+        work.require_generation("sampling, which comes next,")
         work.check_heldout()
     for stage in stages:
         if work.run.is_done(stage):

@@ -28,7 +28,7 @@ from .report_html import number, size
 if TYPE_CHECKING:
     from .recipe import SelectSettings
 
-LENGTH = 8192  # at which bytes are saved where the settings name no budget
+LENGTH = 8192  # at which bytes (FLOPs of an encoder) are saved where the settings name no budget
 Losses = Callable[[Group, Spec], float | None]  # of one conversion; None where it was not measured
 
 
@@ -265,8 +265,9 @@ def broken_heads(profile: Profile) -> set[tuple[int, int]]:
 
 def retrieval_score(profile: Profile, group: Group) -> float | None:
     """The highest retrieval score among the query heads of a group; None where none is known."""
-    scores = profile.statistics["retrieval"][group[0]]
-    known = [scores[head] for head in heads_of(profile.sites[group[0]], group) if scores[head] is not None]
+    table = profile.statistics.get("retrieval")
+    heads = heads_of(profile.sites[group[0]], group)
+    known = [score for head in heads if table and (score := table[group[0]][head]) is not None]
     return max(known) if known else None
 
 
@@ -283,7 +284,14 @@ def _budgets(profile: Profile, settings: SelectSettings, costs: Costs) -> list[B
         if settings.layers > count:
             raise UsageError(f"select.layers asks for {settings.layers} layers, the model has {count}: ask for fewer")
         return [_counted("layers", count - settings.layers, count, settings.layers)]
-    given = settings.budgets or ({"kv_bytes": {LENGTH: "100%"}} if settings.keep_quality is not None else {})
+    generates = all(site.causal for site in profile.sites)
+    saved = "kv_bytes" if generates else "flops"
+    given = settings.budgets or ({saved: {LENGTH: "100%"}} if settings.keep_quality is not None else {})
+    if not generates and (wrong := sorted({"decode_ms", "kv_bytes"} & set(given))):
+        raise UsageError(
+            f"select.budgets.{wrong[0]}: this model reads in both directions, so it decodes nothing and has no cache; "
+            "budgets of an encoder are prefill_ms and flops"
+        )
     found = []
     for resource, amounts in given.items():
         for length, amount in amounts.items():

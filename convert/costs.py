@@ -28,6 +28,7 @@ __all__ = ["RESOURCES", "Costs", "analytic", "kind", "plan_cost", "require_costs
 
 SCHEMA = 1
 RESOURCES = ("prefill_ms", "decode_ms", "flops", "kv_bytes")
+ENCODING = ("prefill_ms", "flops")  # what there is of a model that reads in both directions
 TIMES = {"prefill_ms": "prefill", "decode_ms": "decode"}
 MACHINE = ("system", "cpu", "cores", "gpu", "device", "threads", "backend")  # what a time depends on
 BUSY = 0.2  # spread of the samples beyond which a machine was busy
@@ -283,7 +284,7 @@ def _layers(costs: Costs) -> dict[Layer, list[Site]]:
 def _entry(costs: Costs, site: Site, spec: Spec, length: int) -> dict[str, Any]:
     """Every resource of a layer whose KV groups all have this operator, its share of full attention's, its origin."""
     entry: dict[str, Any] = {"operator": label(spec), "length": length}
-    for name in RESOURCES:
+    for name in RESOURCES if site.causal else ENCODING:
         if name in TIMES and not costs.rows:
             continue
         mine, full = (
@@ -310,10 +311,15 @@ def costs_table(costs: Costs) -> Shown:
     for found, (layer, sites) in zip(document["tables"], _layers(costs).items(), strict=True):
         title = layer_title(layer, [site.layer for site in sites])
         rows = [_shown(entry) for entry in found["rows"]]
-        head = ["tokens", "operator", "prefill ms\n(of full)", "decode ms\n(of full)", "cache\n(of full)"]
+        last = ["decode ms\n(of full)", "cache\n(of full)"] if layer.causal else ["FLOPs\n(of full)"]
+        head = ["tokens", "operator", "prefill ms\n(of full)", *last]
         parts.append(table(title, head, rows, left=2))
     for length in costs.lengths if costs.rest else ():
-        both = [f"{name} {number(costs.base(resource, length))} ms" for resource, name in TIMES.items()]
+        both = [
+            f"{name} {number(costs.base(resource, length))} ms"
+            for resource, name in TIMES.items()
+            if name in costs.rest
+        ]
         parts.append(Text(f"The rest of the model at {tokens(length)} tokens: {', '.join(both)}"))
     for name, found in document["check"]["summary"].items():
         said = f"Model against clock ({name}): median {found['median']:.2f}×, worst {found['worst']:.2f}×"
@@ -327,6 +333,8 @@ def _shown(entry: Mapping[str, Any]) -> list[str]:
 
     cells = [tokens(entry["length"]), entry["operator"]]
     for name, phase in TIMES.items():
+        if name != "prefill_ms" and "kv_bytes" not in entry:
+            return [*cells, f"{number(entry['flops'])} ({ratio(entry['flops_ratio'])})"]
         mark = "" if entry.get(f"{phase}_measured") else FILLED
         share = ratio(entry.get(f"{phase}_ratio"))
         cells.append(f"{mark}{number(entry[name])} ({share})" if name in entry else NONE)

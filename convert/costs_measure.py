@@ -136,7 +136,7 @@ class Job:
     q: Tensor
     k: Tensor
     v: Tensor
-    limit: int | None
+    layer: Layer
     samples: dict[str, list[float]]
     wanted: dict[str, int] = field(default_factory=dict)
     calls: int = 1
@@ -144,12 +144,12 @@ class Job:
     state: Any = None
 
     def lacks(self, phase: str) -> bool:
-        return len(self.samples[phase]) < self.wanted[phase]
+        return phase in self.wanted and len(self.samples[phase]) < self.wanted[phase]
 
     def attend(self, start: int, stop: int, seen: int, state: object) -> Any:
         """Runs the tokens [start, stop) of its inputs as those after `seen` others. → the state after them"""
         q, k, v = (x[:, :, start:stop] for x in (self.q, self.k, self.v))
-        call = Call(scale=q.shape[3] ** -0.5, seen=seen, limit=self.limit)
+        call = Call(scale=q.shape[3] ** -0.5, seen=seen, limit=self.layer.limit, causal=self.layer.causal)
         return operators.attend_all([self.use], q, k, v, call, [state])[1][0]
 
 
@@ -189,7 +189,7 @@ class Bench:
         """Samples in turns, until there are enough of every operator; a file is as new as its last sample."""
 
         def keep(spec: Spec) -> bool:
-            enough = not any(job.lacks(phase) for job in jobs[spec] for phase in PHASES)
+            enough = not any(job.lacks(phase) for job in jobs[spec] for phase in job.layer.phases)
             samples = {str(len(job.use.groups)): job.samples for job in jobs[spec]}
             finished = self.repeats if enough else 0
             write_json(files[spec], {"operator": spec_to_dict(spec), "repeats": finished, "samples": samples})
@@ -201,7 +201,7 @@ class Bench:
                 self._first(job, length, layers)
             if keep(spec):
                 waiting.append(spec)
-        most = max(job.wanted[phase] for found in jobs.values() for job in found for phase in PHASES)
+        most = max(wanted for found in jobs.values() for job in found for wanted in job.wanted.values())
         for turn in track(range(most), f"{length:,} tokens"):
             start = turn % max(1, len(waiting))
             for spec in waiting[start:] + waiting[:start]:  # another one begins each time
@@ -230,8 +230,8 @@ class Bench:
         heads = groups * layer.queries
         learned = operators.of(spec).parameters(spec, heads, groups, layer.dim)
         use = operators.Use(spec, tuple(range(groups)), None if learned is None else learned.to(self.device))
-        samples = {phase: list(kept.get(phase, [])) for phase in PHASES}
-        return Job(use, q[:, :heads], k[:, :groups], v[:, :groups], layer.limit, samples)
+        samples = {phase: list(kept.get(phase, [])) for phase in layer.phases}
+        return Job(use, q[:, :heads], k[:, :groups], v[:, :groups], layer, samples)
 
     def _warm(self, layer: Layer, specs: Sequence[Spec]) -> None:
         """Builds and loads what the first call of a kernel needs, outside of all timing."""
@@ -239,7 +239,8 @@ class Bench:
         for spec in specs:
             job = self._job(layer, spec, layer.kv_heads, inputs, {})
             state = job.attend(0, WARM_TOKENS, 0, None)
-            job.attend(0, 1, WARM_TOKENS, state)
+            if layer.causal:
+                job.attend(0, 1, WARM_TOKENS, state)
 
     def _first(self, job: Job, length: int, layers: int) -> None:
         """The first calls: how long they take says how many samples there shall be."""
@@ -251,6 +252,8 @@ class Bench:
         if slow and job.lacks("prefill"):
             job.samples["prefill"].append(once)
         job.calls = max(1, math.ceil(SAMPLE_S / max(once, 1e-6)))
+        if not job.layer.causal:
+            return
         job.caches = max(1, min(CACHES, layers, math.ceil(COLD_BYTES / max(1, state_bytes(job.state)))))
         job.wanted["decode"] = self._enough(self._decode(job, length) * STEPS * job.caches)
 
@@ -281,21 +284,23 @@ class Bench:
         self, model: Any, sites: Sequence[Site], lengths: Sequence[int], folder: Path, track: Track
     ) -> dict[str, dict[int, float]]:
         """ms of the model with attention that answers at once: {phase: {length: ms}}."""
-        longest = positions_of(model)
-        if longest is not None and max(lengths) + STEPS > longest:
+        longest, steps = positions_of(model), 0 if models.is_encoder(model) else STEPS
+        if longest is not None and max(lengths) + steps > longest:
+            after = f" and {steps} decoded ones" if steps else ""
             raise UsageError(
-                f"{type(model).__name__} has positions for {longest} tokens: times at {max(lengths)} tokens and "
-                f"{STEPS} decoded ones cannot be taken; ask for lengths of at most {longest - STEPS}"
+                f"{type(model).__name__} has positions for {longest} tokens: times at {max(lengths)} tokens{after} "
+                f"cannot be taken; ask for lengths of at most {longest - steps}"
             )
         who = [type(model).__name__, str(model.config._name_or_path), model.num_parameters(), [s.name for s in sites]]
-        found: dict[str, dict[int, float]] = {phase: {} for phase in PHASES}
+        phases = PHASES[:1] if models.is_encoder(model) else PHASES
+        found: dict[str, dict[int, float]] = {phase: {} for phase in phases}
         conversion = Conversion(model, all_full(sites))
         try:
             with conversion.observe(_answer_at_once):
                 for length in track(lengths, "rest of the model"):
                     path = folder / f"rest-{_digest(who)}-{self.repeats}-{length}.json"
                     samples = stored(path, functools.partial(self._rest_samples, model, length))
-                    for phase in PHASES:
+                    for phase in phases:
                         found[phase][length] = 1e3 * statistics.median(samples[phase])
         finally:
             conversion.remove()
@@ -308,13 +313,16 @@ class Bench:
         if once <= SLOW_S or self.device.type != "cpu":
             passes = []
         passes += [self._pass(model, length) for _ in range(self._enough(once) - len(passes))]
-        return {phase: [one[phase] for one in passes] for phase in PHASES}
+        return {phase: [one[phase] for one in passes] for phase in passes[0]}
 
     def _pass(self, model: Any, length: int) -> dict[str, float]:
-        """Seconds of a prefill, and of a token after it."""
+        """Seconds of a prefill, and where the model generates of a token after it."""
         vocabulary = model.config.get_text_config().vocab_size
         ids = (torch.arange(length, device=self.device) * 7919 % vocabulary).expand(self.batch, -1)
         start = self.clock()
+        if models.is_encoder(model):
+            models.trunk(model)(ids)
+            return {"prefill": self.clock() - start}
         out = model(ids, use_cache=True, **models.last_logits(model))
         prefill = self.clock() - start
         cache, token = out.past_key_values, ids[:, :1]
@@ -344,13 +352,13 @@ def _counts(layer: Layer) -> list[int]:
 
 
 def _name(layer: Layer) -> str:
-    own = "" if layer.limit is None else f"-own{layer.limit}"
+    own = ("" if layer.limit is None else f"-own{layer.limit}") + ("" if layer.causal else "-both")
     return f"{layer.queries}x{layer.kv_heads}x{layer.dim}{own}"
 
 
 def _rows(layer: Layer, spec: Spec, length: int, samples: Mapping[str, Any]) -> Iterator[Row]:
     for groups, phases in samples.items():
-        for phase in PHASES:
+        for phase in layer.phases:
             times = phases[phase]
             middle = statistics.median(times)
             low, _, high = statistics.quantiles(times) if len(times) > 1 else (middle, middle, middle)

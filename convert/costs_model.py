@@ -31,16 +31,24 @@ STARTS = ((0.0, 1.0, 1.0), (0.5, 1.0, 1.0), (0.5, 3.0, 1.0), (0.5, 1.0, 3.0))  #
 
 @dataclass(frozen=True)
 class Layer:
-    """What decides the time of a site: query heads per KV group, KV groups, head dimension, the model's own window."""
+    """What decides the time of a site: query heads per KV group, KV groups, head dimension, the model's own window.
+
+    One that is not `causal` reads in both directions; nothing is decoded then.
+    """
 
     queries: int
     kv_heads: int
     dim: int
     limit: int | None = None
+    causal: bool = True
 
     @staticmethod
     def of(site: Site) -> Layer:
-        return Layer(site.heads // site.kv_heads, site.kv_heads, site.dim, site.limit)
+        return Layer(site.heads // site.kv_heads, site.kv_heads, site.dim, site.limit, site.causal)
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return PHASES if self.causal else PHASES[:1]
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ def counted(spec: Spec, limit: int | None) -> Spec:
 def group_work(phase: str, layer: Layer, spec: Spec, length: int, element: int) -> Cost:
     """FLOPs and bytes of one KV group and one sequence: of a prefill, or of one token at this length."""
     spec = counted(spec, layer.limit)
-    shape = Shape(queries=layer.queries, dim=layer.dim, element=element)
+    shape = Shape(queries=layer.queries, dim=layer.dim, element=element, causal=layer.causal)
     implementation = operators.of(spec)
     count = implementation.prefill_cost if phase == "prefill" else implementation.decode_cost
     return count(spec, shape, length)

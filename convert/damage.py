@@ -20,13 +20,13 @@ from .hosts import models
 from .hosts.models import Replay
 from .hosts.transformers import Conversion, Site, all_full, refusal
 from .observation import Learned, Table
-from .text import Needles
+from .text import Cases
 
 if TYPE_CHECKING:
     from .progress import Track
 
 MEASURES = ("kl", "needle")
-STRIDE = 4  # every 4th position takes part in the measured KL
+SURE = 2.0  # standard errors by which a needle loss must stand out
 Group = tuple[int, int]  # site index, KV group
 Job = tuple[str, int, int]  # candidate, site index, KV group
 Measure = Callable[[Mapping[Group, Spec]], dict[str, float]]
@@ -38,8 +38,21 @@ def kl(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def joint_loss(found: Mapping[str, float], weight: float) -> float:
-    """KL plus the weighted rise of the answer's loss: what a selection lowers. Below 0 is noise, and counts as 0."""
-    return max(found["kl"], 0.0) + weight * max(found["needle"], 0.0)
+    """KL plus the weighted rise of the answer's loss: what a selection lowers. Below 0 is noise, and counts as 0.
+
+    The rise counts as far as it is above what the cases differ by (`needle_error`, twice): a few answer tokens per case
+    make it ten times as noisy as the KL, and where retrieval is lost it is far above.
+    """
+    rise = found["needle"] - SURE * (found.get("needle_error") or 0.0)
+    return max(found["kl"], 0.0) + weight * max(rise, 0.0)
+
+
+def summed_up(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of cases, and the standard error of the needle loss (0 where one case is all)."""
+    found = {m: _mean(row[m] for row in rows) for m in MEASURES}
+    needles = [row["needle"] for row in rows]
+    error = statistics.stdev(needles) / len(needles) ** 0.5 if len(needles) > 1 else 0.0
+    return {**found, "needle_error": error}
 
 
 def answer_loss(log_probabilities: Tensor, target: Tensor) -> float:
@@ -77,7 +90,7 @@ def take_groups(source: nn.Module, target: nn.Module, groups: Sequence[int], kv_
 def single_damage(
     model: Any,
     sites: Sequence[Site],
-    needles: Needles,
+    needles: Cases,
     names: Mapping[str, Spec],
     learned: Learned,
     folder: Path,
@@ -89,8 +102,8 @@ def single_damage(
     cases = _cases(model, sites, needles, names, learned, jobs, {}, folder / "damage", track)
     damage = _empty(names, sites)
     for n_job, (name, n, g) in enumerate(jobs):
-        for m in MEASURES:
-            damage[name][m][n][g] = _mean(case["jobs"][n_job][m] for case in cases)
+        for m, value in summed_up([case["jobs"][n_job] for case in cases]).items():
+            damage[name][m][n][g] = value
     return {"damage": damage, "teacher": {"needle_nll": _mean(case["teacher"] for case in cases)}}
 
 
@@ -98,7 +111,7 @@ def single_damage(
 def marginal_damage(
     model: Any,
     sites: Sequence[Site],
-    needles: Needles,
+    needles: Cases,
     names: Mapping[str, Spec],
     learned: Learned,
     around: Mapping[Group, Spec],
@@ -122,17 +135,21 @@ def marginal_damage(
     place = folder / f"marginal-{plan_key(around)}"
     cases = _cases(model, sites, needles, every, learned, jobs, around, place, track)
     table = _empty(names, sites)
-    for m in MEASURES:
-        found = dict.fromkeys(options, _mean(case["joint"][m] for case in cases))  # what stays as the plan has it
-        found |= {job: _mean(case["jobs"][i][m] for case in cases) for i, job in enumerate(jobs)}
-        for name, n, g in options:
-            if name in names:
-                table[name][m][n][g] = found[name, n, g] - found[label(Full()), n, g]
+    found = [
+        dict.fromkeys(options, case["joint"])
+        | dict(zip(jobs, case["jobs"], strict=True))  # the rest is as the plan has it
+        for case in cases
+    ]
+    for name, n, g in options:
+        if name in names:
+            rises = [{m: case[name, n, g][m] - case[label(Full()), n, g][m] for m in MEASURES} for case in found]
+            for m, value in summed_up(rises).items():
+                table[name][m][n][g] = value
     return table
 
 
 def _empty(names: Iterable[str], sites: Sequence[Site]) -> dict[str, Table]:
-    return {name: {m: [[None] * s.kv_heads for s in sites] for m in MEASURES} for name in names}
+    return {name: {m: [[None] * s.kv_heads for s in sites] for m in (*MEASURES, "needle_error")} for name in names}
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -142,7 +159,7 @@ def _mean(values: Iterable[float]) -> float:
 def _cases(
     model: Any,
     sites: Sequence[Site],
-    needles: Needles,
+    needles: Cases,
     names: Mapping[str, Spec],
     learned: Learned,
     jobs: Sequence[Job],
@@ -166,7 +183,7 @@ def _cases(
 def _damage_of_case(
     model: Any,
     sites: Sequence[Site],
-    needles: Needles,
+    needles: Cases,
     case: int,
     names: Mapping[str, Spec],
     learned: Learned,
@@ -174,25 +191,19 @@ def _damage_of_case(
     around: Mapping[Group, Spec],
 ) -> dict[str, Any]:
     """KL to the teacher and rise of the answer's loss for every job, the groups of `around` being replaced as well."""
-    target = needles.ids[case, needles.answer[case]].to(model.device)
+    target = needles.target(case).to(model.device)
     replay = Replay(model, sites)
     with replaced(model, sites, {}, learned), replay.record():
-        want = log_probabilities(model, needles, case)
+        want = needles.log_probabilities(model, case)
     whole = want
     if around:
         with replaced(model, sites, around, learned), replay.record():
-            whole = log_probabilities(model, needles, case)
+            whole = needles.log_probabilities(model, case)
     rows = []
     for name, n, group in jobs:
         with replaced(model, sites, {**around, (n, group): names[name]}, learned), replay.start(n):
-            rows.append(_compared(want, log_probabilities(model, needles, case), target))
+            rows.append(_compared(want, needles.log_probabilities(model, case), target))
     return {"teacher": answer_loss(want, target), "joint": _compared(want, whole, target), "jobs": rows}
-
-
-def log_probabilities(model: Any, needles: Needles, case: int) -> Tensor:
-    """Of a case, at the positions that are measured, in fp32. → (P, V)"""
-    ids, at = needles.ids[case][None].to(model.device), measured_positions(needles.answer[case].to(model.device))
-    return models.logits_at(model, ids, at)[0].float().log_softmax(-1)
 
 
 def _compared(want: Tensor, got: Tensor, target: Tensor) -> dict[str, float]:
@@ -206,11 +217,6 @@ def plan_key(chosen: Mapping[Group, Spec]) -> str:
     return hashlib.sha256(json.dumps(converted).encode()).hexdigest()[:16]
 
 
-def measured_positions(answer: Tensor) -> Tensor:
-    """Every STRIDE-th position before the answer (A,), and those that predict it."""
-    return torch.cat([torch.arange(STRIDE, int(answer[0]) - 1, STRIDE, device=answer.device), answer - 1])
-
-
 class Joint:
     """Measures whole plans on needle cases: a `Measure`. Results stay in `folder`, so that none is measured twice.
 
@@ -218,7 +224,7 @@ class Joint:
     """
 
     def __init__(
-        self, model: Any, sites: Sequence[Site], needles: Needles, learned: Learned, folder: Path, track: Track
+        self, model: Any, sites: Sequence[Site], needles: Cases, learned: Learned, folder: Path, track: Track
     ) -> None:
         self.model, self.sites, self.needles = model, sites, needles
         self.learned, self.folder, self.track = learned, folder, track
@@ -238,11 +244,11 @@ class Joint:
         if not self.teacher:
             with replaced(self.model, self.sites, {}, self.learned):
                 cases = self.track(range(len(self.needles.ids)), "teacher's answers")
-                self.teacher = [log_probabilities(self.model, self.needles, n).cpu() for n in cases]
+                self.teacher = [self.needles.log_probabilities(self.model, n).cpu() for n in cases]
         rows = []
         with replaced(self.model, self.sites, chosen, self.learned):
             for n, want in enumerate(self.track(self.teacher, f"joint damage {self.count}")):
-                got = log_probabilities(self.model, self.needles, n)
-                target = self.needles.ids[n, self.needles.answer[n]].to(got.device)
+                got = self.needles.log_probabilities(self.model, n)
+                target = self.needles.target(n).to(got.device)
                 rows.append(_compared(want.to(got.device), got, target))
-        return {m: _mean(row[m] for row in rows) for m in MEASURES}
+        return summed_up(rows)

@@ -83,7 +83,7 @@ def costs(plan: Mapping[Site, Sequence[Spec]], length: int, element: int) -> dic
     """Of a plan's attention at this length, by the cost model: cache bytes and FLOPs of a prefill, per sequence."""
     kv_bytes = flops = 0.0
     for site, specs in plan.items():
-        shape = Shape(queries=site.heads // site.kv_heads, dim=site.dim, element=element)
+        shape = Shape(queries=site.heads // site.kv_heads, dim=site.dim, element=element, causal=site.causal)
         for spec in specs:
             own = Window(size=site.limit, sinks=0) if spec == Full() and site.limit is not None else spec
             cost = operators.of(own).prefill_cost(own, shape, length)

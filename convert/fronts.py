@@ -83,7 +83,7 @@ class _Judge:
 
     def __init__(self, profile: Profile, settings: SelectSettings, costs: Costs | None, best: str) -> None:
         self.profile, self.best = profile, best
-        resource, length = _resource(settings, costs)
+        resource, length = _resource(settings, costs, all(site.causal for site in profile.sites))
         free = {"groups": None, "layers": None, "keep_quality": None, "explicit": None, "rounds": 0}
         budgets = {resource: {length: "100%"}}
         self.settings = settings.model_copy(update={**free, "budgets": budgets, "method": best})
@@ -165,9 +165,9 @@ class _Judge:
         return None if None in cells else float(sum(x for x in cells if x is not None))
 
 
-def _resource(settings: SelectSettings, costs: Costs | None) -> tuple[str, int]:
+def _resource(settings: SelectSettings, costs: Costs | None, causal: bool) -> tuple[str, int]:
     """The first budget that can be told: times only where some were measured."""
     for resource, amounts in (settings.budgets or {}).items():
         if not resource.endswith("_ms") or (costs is not None and costs.rows):
             return resource, next(iter(amounts))
-    return "kv_bytes", LENGTH
+    return "kv_bytes" if causal else "flops", LENGTH

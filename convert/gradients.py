@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import operators
@@ -20,7 +19,7 @@ from ..kernels.spec import Full, Spec
 from .hosts import models
 from .hosts.transformers import Conversion, Site, SiteOperators, all_full, refusal
 from .observation import BLOCK, Learned, Means, Rows
-from .text import Needles
+from .text import Cases
 
 if TYPE_CHECKING:
     from .progress import Track
@@ -31,7 +30,7 @@ LOSSES = ("text", "needle")  # next-token loss before the answer, and the answer
 def first_order(
     model: Any,
     sites: Sequence[Site],
-    needles: Needles,
+    needles: Cases,
     names: Mapping[str, Spec],
     rows: int,
     learned: Learned,
@@ -82,11 +81,7 @@ class _Effects:
             self.means.add("influence", site.name, _influence(q, k, v, gradient, call, self.rows))
 
 
-def _backward(model: Any, conversion: Conversion, needles: Needles, case: int, loss: str, effects: _Effects) -> None:
-    ids = needles.ids[case][None].to(model.device)
-    answer = needles.answer[case].to(model.device)
-    at = answer - 1 if loss == "needle" else torch.arange(int(answer[0]) - 1, device=ids.device)
-
+def _backward(model: Any, conversion: Conversion, needles: Cases, case: int, loss: str, effects: _Effects) -> None:
     def observe(site: SiteOperators, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         o, _ = operators.attend(Full(), q, k, v, call)
         if not o.requires_grad:  # the first site: nothing before it asks for gradients
@@ -96,8 +91,7 @@ def _backward(model: Any, conversion: Conversion, needles: Needles, case: int, l
         return o
 
     with torch.enable_grad(), conversion.observe(observe):
-        logits = models.logits_at(model, ids, at)[0].float()
-        F.cross_entropy(logits, ids[0, at + 1]).backward()
+        needles.loss(model, case, loss).backward()
 
 
 def _influence(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, call: Call, rows: int) -> Tensor:
@@ -109,7 +103,7 @@ def _influence(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, call: Call, ro
     inner = (g * p).sum(-1, keepdim=True)
     effect = (p * (g - inner) / (1 - p).clamp_min(1e-3)).abs()
     blocks = -(-p.shape[-1] // BLOCK)
-    distance = ((at[:, None] - torch.arange(p.shape[-1], device=p.device)).clamp_min(0) // BLOCK).clamp_max(blocks - 1)
+    distance = ((at[:, None] - torch.arange(p.shape[-1], device=p.device)).abs() // BLOCK).clamp_max(blocks - 1)
     index = distance.expand_as(effect[0, 0]).reshape(1, -1).expand(p.shape[1], -1)
     table = torch.zeros(p.shape[1], blocks, device=p.device)
     table.scatter_add_(1, index, effect.sum(0).flatten(1))

@@ -159,15 +159,19 @@ def describe_plan(folder: Path) -> dict[str, Any]:
     element = 4 if dtype == "float32" else 2
     full = {site: [Full()] * site.kv_heads for site in plan}
     labels = [label(spec) for specs in plan.values() for spec in specs]
+
+    def ratios(name: str) -> dict[str, float]:
+        """Of what full attention takes, by length; nothing where that is nothing, as an encoder's cache."""
+        both = {n: [costs(which, n, element)[name] for which in (plan, full)] for n in LENGTHS}
+        return {str(n): mine / dense for n, (mine, dense) in both.items() if dense}
+
     return {
         "folder": str(folder),
         "from": str(origin),
         "groups": len(labels),
         "converted": sum(name != "full" for name in labels) / max(1, len(labels)),
         "operators": {name: labels.count(name) for name in dict.fromkeys(labels)},
-        "kv_ratio": {
-            str(n): costs(plan, n, element)["kv_bytes"] / costs(full, n, element)["kv_bytes"] for n in LENGTHS
-        },
+        **{f"{name}_ratio": ratios(f"{name}_bytes" if name == "kv" else name) for name in ("kv", "flops")},
         "sites": [
             {"name": site.name, "layer": site.layer, "groups": [label(spec) for spec in specs]}
             for site, specs in plan.items()

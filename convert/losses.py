@@ -12,6 +12,7 @@ from ..kernels.spec import Spec, Window, label
 from .budgets import Losses, Task, heads_of
 from .damage import Group, joint_loss
 from .errors import UsageError
+from .observation import Table
 from .profiling import Profile
 
 if TYPE_CHECKING:
@@ -32,12 +33,16 @@ def damage_losses(profile: Profile, settings: SelectSettings) -> Losses:
         )
 
     def loss(group: Group, spec: Spec) -> float | None:
-        kl, needle = (cell(profile.damage.get(label(spec), {}).get(m), *group) for m in ("kl", "needle"))
-        if kl is None or needle is None:
-            return None
-        return joint_loss({"kl": kl, "needle": needle}, settings.needle_weight)
+        return measured_loss(profile.damage.get(label(spec), {}), group, settings.needle_weight)
 
     return loss
+
+
+def measured_loss(damage: Table, group: Group, weight: float) -> float | None:
+    """The joint loss of a cell of a candidate's damage; None where it was not measured."""
+    found = {m: cell(damage.get(m), *group) for m in ("kl", "needle", "needle_error")}
+    known = {m: value for m, value in found.items() if value is not None}
+    return joint_loss(known, weight) if {"kl", "needle"} <= set(known) else None
 
 
 def losses_of(task: Task) -> Losses:

@@ -76,26 +76,33 @@ def numbers(x: Tensor) -> list[Any]:
 
 @dataclasses.dataclass
 class Rows:
-    """Sampled query rows of one call. `at` (R,) positions, `p` (B, H, R, S) their attention."""
+    """Sampled query rows of one call. `at` (R,) positions, `p` (B, H, R, S) their attention, `causal` as the call."""
 
     at: Tensor
     p: Tensor
+    causal: bool = True
 
     @staticmethod
     def sampled(q: Tensor, k: Tensor, call: Call, rows: int) -> Rows:
-        """`rows` of them evenly over the last three quarters, where there is something to attend to."""
+        """`rows` of them, evenly; where causal over the last three quarters, where there is something to attend to."""
         length = q.shape[2]
-        at = torch.linspace(length // 4, length - 1, min(rows, length), device=q.device).long().unique()
-        return Rows(at, probabilities(q, k, call, at))
+        first = length // 4 if call.causal else 0
+        at = torch.linspace(first, length - 1, min(rows, length), device=q.device).long().unique()
+        return Rows(at, probabilities(q, k, call, at), call.causal)
+
+    def visible(self, blocks: int) -> Tensor:
+        """How many of the key blocks each row may read. → (R,)"""
+        return (self.at // BLOCK + 1).float() if self.causal else torch.full_like(self.at, blocks).float()
 
 
 def probabilities(q: Tensor, k: Tensor, call: Call, at: Tensor) -> Tensor:
-    """Attention of the rows `at` (R,) over all earlier tokens. q (B, H, S, D), k (B, Hk, S, D) → (B, H, R, S)"""
+    """Attention of the rows `at` (R,) over all that they read. q (B, H, S, D), k (B, Hk, S, D) → (B, H, R, S)"""
     s = logits(grouped(q, k.shape[1])[..., at, :], k[:, :, None], call).flatten(1, 2)
     i = torch.arange(k.shape[2], device=q.device)
-    allowed = i <= at[:, None]
+    distance = at[:, None] - i
+    allowed = distance >= 0 if call.causal else torch.ones_like(distance, dtype=torch.bool)
     if call.limit is not None:
-        allowed = allowed & (i > at[:, None] - call.limit)
+        allowed = allowed & (distance.abs() < call.limit)
     s = s.masked_fill(~allowed, -torch.inf)
     if call.sink_logits is None:
         return s.softmax(-1)
@@ -165,7 +172,7 @@ def text_statistics(
 
 def _attention(means: Means, name: str, sampled: Rows, local: int) -> None:
     p, at = sampled.p, sampled.at
-    distance = at[:, None] - torch.arange(p.shape[-1], device=p.device)
+    distance = (at[:, None] - torch.arange(p.shape[-1], device=p.device)).abs()
     means.add("entropy", name, -(p * p.clamp_min(1e-20).log()).sum(-1).mean((0, 2)))
     means.add("local_mass", name, (p * (distance < local)).sum(-1).mean((0, 2)))
     means.add("sink_mass", name, p[..., :4].sum(-1).mean((0, 2)))
@@ -190,10 +197,10 @@ def _variance(o: Tensor, site: Site, problems: dict[str, str]) -> Tensor:
 
 def _block_statistics(means: Means, name: str, sampled: Rows, q: Tensor, k: Tensor) -> Tensor:
     """Densities and recalls in blocks of keys. → the head-averaged block map (R, blocks), for comparing layers."""
-    p, at = sampled.p, sampled.at
+    p = sampled.p
     blocks = -(-p.shape[-1] // BLOCK)
     mass = F.pad(p, (0, blocks * BLOCK - p.shape[-1])).unflatten(-1, (blocks, BLOCK)).sum(-1)  # (B, H, R, blocks)
-    visible = (at // BLOCK + 1).float()  # (R,)
+    visible = sampled.visible(blocks)
     reached = mass.sort(-1, descending=True).values.cumsum(-1)
     total = reached[..., -1:].clamp_min(1e-20)
     for share in MASSES:
@@ -203,17 +210,17 @@ def _block_statistics(means: Means, name: str, sampled: Rows, q: Tensor, k: Tens
         best = (visible * fraction).ceil().long() - 1  # (R,)
         index = best.view(1, 1, -1, 1).expand(*reached.shape[:2], -1, 1)
         means.add(f"recall {fraction}", name, (reached.gather(-1, index) / total)[..., 0].mean((0, 2)))
-    means.add("pooled_recall", name, _pooled_recall(mass / total, at, q, k, visible))
+    means.add("pooled_recall", name, _pooled_recall(mass / total, sampled, q, k))
     averaged: Tensor = mass.mean(0).nanmean(0)  # a head without numbers is left out
     return averaged
 
 
-def _pooled_recall(mass: Tensor, at: Tensor, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+def _pooled_recall(mass: Tensor, sampled: Rows, q: Tensor, k: Tensor) -> Tensor:
     """Mass that the best eighth of the blocks by mean-pooled scores holds, own and first block included. → (H,)
 
     What a block selection can find without looking at single keys (MoBA, Lu et al. 2025).
     """
-    blocks = mass.shape[-1]
+    blocks, at = mass.shape[-1], sampled.at
     pooled = [
         F.pad(x.float(), (0, 0, 0, blocks * BLOCK - x.shape[2])).unflatten(2, (blocks, BLOCK)).mean(3) for x in (q, k)
     ]
@@ -221,10 +228,11 @@ def _pooled_recall(mass: Tensor, at: Tensor, q: Tensor, k: Tensor, visible: Tens
     score = (rows @ pooled[1][:, :, None].transpose(-1, -2)).flatten(1, 2)  # (B, H, R, blocks)
     number = torch.arange(blocks, device=q.device)
     own = (at // BLOCK)[:, None]
-    score = score.masked_fill(number > own, -torch.inf)
+    if sampled.causal:
+        score = score.masked_fill(number > own, -torch.inf)
     score = score.masked_fill((number == own) | (number == 0), torch.inf)
     order = score.argsort(dim=-1, descending=True, stable=True)
-    taken = number < (visible / 8).ceil().clamp_min(1)[:, None]
+    taken = number < (sampled.visible(blocks) / 8).ceil().clamp_min(1)[:, None]
     return (mass.gather(-1, order) * taken).sum(-1).mean((0, 2))
 
 
@@ -258,8 +266,9 @@ def kept_mass(spec: Spec, q: Tensor, k: Tensor, v: Tensor, call: Call, sampled: 
 def window_reads(spec: Window, call: Call, at: Tensor, length: int) -> Tensor:
     """(R, S): whether row at[r] reads token s."""
     distance = at[:, None] - torch.arange(length, device=at.device)
-    near = (distance >= 0) & (distance < window.width(spec, call))
-    return near | ((distance >= 0) & (torch.arange(length, device=at.device) < spec.sinks))
+    reached = distance >= 0 if call.causal else torch.ones_like(distance, dtype=torch.bool)
+    near = distance.abs() < window.width(spec, call)
+    return reached & (near | (torch.arange(length, device=at.device) < spec.sinks))
 
 
 def retention_reads(spec: Retention, q: Tensor, k: Tensor, v: Tensor, call: Call, at: Tensor) -> Tensor:

@@ -192,25 +192,20 @@ def refinement(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Plot | N
     if not shown:
         return None
     with style() as new:
-        figure = new(4.2 * len(shown) + 0.4, 2.9)
+        figure = new(4.6 * len(shown) + 0.6, 0.9 + 0.22 * max(len(lines) for lines in shown.values()))
         for axis, (arm, lines) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
-            at = list(range(len(lines)))
-            loss = [line["loss"] for line in lines]
-            told = [(n, line["predicted"]) for n, line in enumerate(lines) if line.get("predicted") is not None]
-            axis.plot(at, loss, color=FRONT, label="measured whole")
             for n, line in enumerate(lines):
+                axis.axhline(n, color=FRONT, linewidth=0.4, alpha=0.3)
                 face = FRONT if line.get("kept") else "none"
-                axis.plot([n], [line["loss"]], marker="o", markersize=6, color=FRONT, markerfacecolor=face)
+                axis.plot(line["loss"], n, "o", color=FRONT, markerfacecolor=face, label="" if n else "measured whole")
+            told = [(line["predicted"], n) for n, line in enumerate(lines) if line.get("predicted") is not None]
             if told:
-                axis.plot(*zip(*told, strict=True), color=HIGHLIGHT, linestyle="--", marker=".", label="predicted")
-            words = {"single damages": "single", "around the plan": "around it"}
-            names = [f"{line['round']}\n{words.get(line['scores'], line['scores'])}" for line in lines]
-            axis.set_xticks(at, names, fontsize=8)
-            axis.set_ylim(0, 1.12 * max((*loss, *(y for _, y in told), 1e-9)))
-            axis.set_xlim(-0.4, len(lines) - 0.6)
-            axis.set_xlabel("round, and the scores that were used")
+                axis.plot(*zip(*told, strict=True), "x", color=HIGHLIGHT, label="predicted")
+            axis.set_yticks(range(len(lines)), [f"{line['round']}: {line['scores']}" for line in lines], fontsize=8)
+            axis.invert_yaxis()
+            axis.set_xlim(0, 1.08 * max((*(line["loss"] for line in lines), *(x for x, _ in told), 1e-9)))
+            axis.set_xlabel("loss: KL + weighted needle")
             axis.set_title(arm if len(shown) > 1 else "", fontsize=9.5)
-        figure.axes[0].set_ylabel("loss: KL + weighted needle")
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
         return draw(figure, "refinement")
 

@@ -24,7 +24,7 @@ from .files import stored
 from .gradients import first_order
 from .hosts.transformers import Site
 from .observation import Learned, Table, retrieval_scores, text_statistics
-from .text import Needles
+from .text import Cases, Needles
 
 if TYPE_CHECKING:
     from .progress import Track
@@ -38,15 +38,16 @@ class Profile:
     where a candidate does not apply, or where the head's own output is constant or not finite (see `problems`).
 
     Attributes:
-        statistics: entropy in nats; local_mass, sink_mass, pooled_recall, retrieval: shares of attention; density_90
-            and density_95: share of the visible blocks that holds so much of it; variation: of the first candidate's
-            output error across inputs, standard deviation over mean.
+        statistics: entropy in nats; local_mass, sink_mass, pooled_recall and, of language models, retrieval: shares of
+            attention; density_90 and density_95: share of the visible blocks that holds so much of it; variation: of
+            the first candidate's output error across inputs, standard deviation over mean.
         output_error: ‖ô − o‖² over the variance of o (the RSE of DiTFastAttnV2), per candidate.
         output_change: ‖ô − o‖² over that of the layer's whole attention output, per candidate.
         mass_lost: attention on tokens that a candidate does not read by softmax; None for linear attention.
         first_order, first_order_needle: |⟨ô − o, ∂L/∂o⟩| of the text's and of the answer's loss, in nats.
         influence: MoA's effect of masking entries, {"block": tokens, "table": [site][head][distance in blocks]}.
-        damage: per candidate "kl", nats per token, and "needle", the rise of the answer's loss in nats per token.
+        damage: per candidate "kl", nats per token, "needle", the rise of the answer's loss in nats per token, and
+            "needle_error", its standard error over the cases.
         curves: mass that the best blocks of a row hold: {"block", "fractions", "recall": [site][head][fraction]}.
         similarity: [site][site], how much of their attention two layers spend on the same blocks, 0 to 1.
         gates: learned ones by method, "duo" and "linvideo": 1 = wants full attention.
@@ -99,7 +100,7 @@ def profile(
     model: Any,
     sites: Sequence[Site],
     texts: Tensor,
-    needles: Needles,
+    needles: Cases,
     candidates: Sequence[Spec],
     *,
     rows: int,
@@ -114,7 +115,8 @@ def profile(
     """Measure every group of the model; partial results stay in `folder`, so that an interrupted profile continues.
 
     Args:
-        texts: (n, S) calibration tokens; needles: cases of one template, whose text also serves the measured KL;
+        texts: (n, S) calibration tokens; needles: cases of one template, whose text also serves the measured KL, or
+            for an encoder passages;
         rows: query rows sampled per sequence for the statistics; retrieval: further needle tasks for the retrieval
             scores; learned: what candidates with parameters have learned, untrained where missing.
     """
@@ -122,7 +124,11 @@ def profile(
     names = {label(spec): spec for spec in candidates}
     known = untrained(sites, names, model.device) | dict(learned or {})
     found = stored(folder / "statistics.json", lambda: text_statistics(model, sites, texts, names, rows, known, track))
-    scores = stored(folder / "retrieval.json", lambda: retrieval_scores(model, sites, [needles, *retrieval], track))
+    tasks = [needles, *retrieval] if isinstance(needles, Needles) else []
+    asked = {}
+    if tasks:
+        scores = stored(folder / "retrieval.json", lambda: retrieval_scores(model, sites, tasks, track))
+        asked = {"retrieval": scores}
     effects: dict[str, Any] = {"first_order": {}, "first_order_needle": {}, "influence": None}
     if gradients:
         effects = stored(
@@ -134,7 +140,7 @@ def profile(
     return Profile(
         sites=tuple(sites),
         candidates=names,
-        statistics={**found["statistics"], "retrieval": scores},
+        statistics={**found["statistics"], **asked},
         **{
             name: found[name]
             for name in ("output_error", "output_change", "mass_lost", "curves", "similarity", "problems")

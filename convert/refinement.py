@@ -1,18 +1,22 @@
 """Refinement: a plan is chosen by sums of single damages, which are not what the groups do together.
 
-So the whole plan is measured, every group is scored anew around it, and the program is solved again with those scores,
-until that no longer pays.
+So whole plans are measured: those of several methods, then those that the program gives when every group is scored anew
+around the best of them, until that no longer pays.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..kernels.spec import Full, Spec, label
 from .costs import Costs
 from .damage import Group, Measure, joint_loss
+from .errors import UsageError
+from .losses import measured_loss
 from .observation import Table
 from .plan import Plan
 from .profiling import Profile
@@ -23,6 +27,14 @@ if TYPE_CHECKING:
 
 Marginal = Callable[[Mapping[Group, Spec]], dict[str, Table]]
 PAYS = 1e-3  # a new plan must be better by this share
+BISECTIONS = 8
+STARTS: Mapping[str, Mapping[str, Any]] = {  # whose plans are measured besides the method's own
+    "damage, KL alone": {"method": "damage", "needle_weight": 0.0},
+    "first_order": {"method": "first_order"},
+    "output_error": {"method": "output_error"},
+    "duo": {"method": "duo"},
+    "linvideo": {"method": "linvideo"},
+}
 Scores = dict[Group, dict[str, float]]
 
 
@@ -35,35 +47,98 @@ def refine(
     measure: Measure,
     marginal: Marginal,
 ) -> tuple[Selection, list[dict[str, Any]]]:
-    """The best plan found in `settings.rounds` rounds, and what each of them measured.
+    """The best plan found in `settings.rounds` rounds, and what every plan that was tried measured.
 
-    A round scores around the incumbent and solves; where the new plan is no better, it tries half-way between the old
-    scores and the new, and else stops.
+    It starts from the best of the method's own plan and those of `STARTS` that this profile affords. A round scores
+    every group around the incumbent and solves; since marginal damages hold near the plan only, plans that change a
+    half, a quarter, … as many groups are tried too, as a line search would. It stops where none of them is better.
 
     Args:
         marginal: what each group adds to the damage of a plan, as `damage.marginal_damage`.
     """
-    best = select(profile, settings, model, costs=costs, measure=measure)
-    scores = _scores(profile.damage, settings) if settings.method == "damage" else {}
-    best, loss = _measured(best, profile, settings, measure)
-    history = [_told(0, "single damages", best, loss, True)]
+
+    def chosen(scores: Scores | None = None, **changed: Any) -> Selection:
+        asked = settings.model_copy(update=changed)
+        return select(profile, asked, model, costs=costs, measure=measure, scores=scores)
+
+    search = _Search(profile, settings, measure)
+    search.consider(0, settings.method, chosen())
+    for name, changed in STARTS.items():
+        with contextlib.suppress(UsageError):  # the profile lacks what it needs, or it has no plan within the budgets
+            search.consider(0, name, chosen(**changed))
     for number in range(1, settings.rounds + 1):
-        around = _scores(marginal(chosen_groups(profile, best.plan)), settings)
-        better = False
-        for name, tried in (("around the plan", around), ("half-way", _mean(scores, around))):
-            found = select(profile, settings, model, costs=costs, measure=measure, scores=tried)
-            if found.plan == best.plan:
-                history.append(_told(number, name, best, loss, False, "the same plan"))
-                continue
-            found, now = _measured(found, profile, settings, measure)
-            better = now < loss * (1 - PAYS)
-            history.append(_told(number, name, found, now, better))
-            if better:
-                best, loss, scores = found, now, tried
-                break
-        if not better:
+        before = search.loss
+        around = _scores(marginal(chosen_groups(profile, search.best.plan)), settings)
+        for name, found in _nearer(profile, search.best.plan, around, chosen):
+            search.consider(number, name, found)
+        if not search.loss < before:
             break
-    return best, history
+    return search.best, search.history
+
+
+class _Search:
+    """The best plan so far, by what it measures, and what all that were tried measured."""
+
+    best: Selection
+
+    def __init__(self, profile: Profile, settings: SelectSettings, measure: Measure) -> None:
+        self.profile, self.settings, self.measure = profile, settings, measure
+        self.loss = math.inf
+        self.history: list[dict[str, Any]] = []
+        self.seen: list[Plan] = []
+
+    def consider(self, number: int, name: str, found: Selection) -> None:
+        """Measure a plan of a round, and keep it where it is better; one that was measured already is passed over."""
+        if found.plan in self.seen:
+            return
+        self.seen.append(found.plan)
+        joint = self.measure(chosen_groups(self.profile, found.plan))
+        loss = joint_loss(joint, self.settings.needle_weight)
+        better = loss < self.loss * (1 - PAYS)
+        predicted = found.loss if number or found.method == "damage" else None  # others do not predict in these units
+        line = {"round": number, "scores": name, "loss": loss, **joint, "predicted": predicted, "kept": better}
+        self.history.append(line | {"operators": {label(Full()): 0, **found.plan.counts()}})
+        if better:
+            self.best, self.loss = dataclasses.replace(found, measured=joint), loss
+
+
+def _nearer(
+    profile: Profile, incumbent: Plan, around: Scores, chosen: Callable[[Scores], Selection]
+) -> Iterator[tuple[str, Selection]]:
+    """The plan that is best by the scores, and such as change at most a half, a quarter, … of what it changes.
+
+    A change costs λ more than the scores say; λ is bisected.
+    """
+    held = chosen_groups(profile, incumbent)
+
+    def solve(price: float) -> Selection:
+        charged = {
+            group: {name: x + price * (name != label(held.get(group, Full()))) for name, x in row.items()}
+            for group, row in around.items()
+        }
+        return chosen(charged)
+
+    def changes(found: Selection) -> int:
+        now = chosen_groups(profile, found.plan)
+        return sum(now.get(group, Full()) != held.get(group, Full()) for group in {*now, *held})
+
+    found = solve(0.0)
+    count = most = changes(found)
+    price, top = 0.0, max((x for row in around.values() for x in row.values()), default=0.0)
+    while count:
+        yield f"around the plan, {count} changes", found
+        most = min(most, count) // 2
+        if not most:
+            return
+        low, high = price, 2 * top
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            tried = solve(middle)
+            if changes(tried) > most:
+                low = middle
+            else:
+                high, found = middle, tried
+        price, count = high, changes(found)
 
 
 def chosen_groups(profile: Profile, plan: Plan) -> dict[Group, Spec]:
@@ -72,36 +147,11 @@ def chosen_groups(profile: Profile, plan: Plan) -> dict[Group, Spec]:
     return {group: spec for group, spec in every.items() if spec != Full()}
 
 
-def _measured(
-    found: Selection, profile: Profile, settings: SelectSettings, measure: Measure
-) -> tuple[Selection, float]:
-    joint = measure(chosen_groups(profile, found.plan))
-    return dataclasses.replace(found, measured=joint), joint_loss(joint, settings.needle_weight)
-
-
 def _scores(damage: Mapping[str, Table], settings: SelectSettings) -> Scores:
     scores: Scores = {}
     for name, table in damage.items():
-        for n, row in enumerate(table["kl"]):
-            for g, kl in enumerate(row):
-                needle = table["needle"][n][g]
-                if kl is not None and needle is not None:
-                    scores.setdefault((n, g), {})[name] = joint_loss(
-                        {"kl": kl, "needle": needle}, settings.needle_weight
-                    )
+        for group in ((n, g) for n, row in enumerate(table["kl"]) for g in range(len(row))):
+            loss = measured_loss(table, group, settings.needle_weight)
+            if loss is not None:
+                scores.setdefault(group, {})[name] = loss
     return scores
-
-
-def _mean(one: Scores, other: Scores) -> Scores:
-    return {
-        group: {name: (one.get(group, {}).get(name, x) + x) / 2 for name, x in row.items()}
-        for group, row in other.items()
-    }
-
-
-def _told(
-    number: int, scores: str, found: Selection, loss: float, kept: bool, note: str | None = None
-) -> dict[str, Any]:
-    measured = dict(found.measured or {})
-    line = {"round": number, "scores": scores, "loss": loss, **measured, "predicted": found.loss, "kept": kept}
-    return line | ({"note": note} if note else {}) | {"operators": {label(Full()): 0, **found.plan.counts()}}

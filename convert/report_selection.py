@@ -120,8 +120,9 @@ def _joint(run: Artefacts, weight: float) -> dict[str, float]:
     found = {}
     for arm, entry in dig(run.select, "arms", default={}).items():
         kl, needle = (dig(entry, "measured", key) for key in ("kl", "needle"))
-        if kl is not None and needle is not None:
-            found[arm] = max(kl, 0.0) + weight * max(needle, 0.0)
+        error = dig(entry, "measured", "needle_error", default=0.0)
+        if kl is not None and needle is not None:  # as damage.joint_loss, which needs torch
+            found[arm] = max(kl, 0.0) + weight * max(needle - 2 * error, 0.0)
     return found
 
 
@@ -155,12 +156,13 @@ def _refinement(run: Artefacts, pictures: Pictures) -> str:
         rows += [[escape(arm)]] if len(histories) > 1 else []
         for line in lines:
             cells = [number(line.get(key)) for key in ("predicted", "loss", "kl", "needle")]
-            verdict = "kept" if line.get("kept") else escape(str(line.get("note", "no better")))
+            verdict = "better" if line.get("kept") else ""
             rows.append([f"{line.get('round')}: {escape(str(line.get('scores')))}", *cells, verdict])
-    head = ["Round: scores", "Loss, predicted", "Loss, measured", "KL", "Needle loss", ""]
+    head = ["Round: plan", "Loss, predicted", "Loss, measured", "KL", "Needle loss", ""]
     caption = (
-        "Each round measures the whole plan, scores every group anew around it and solves again. A filled dot was "
-        "better than what there was and kept; where the lines part, the groups act together."
+        "Whole plans, measured: first those of several methods, then, round by round, those that the program gives "
+        "when every group is scored anew around the best so far. A filled dot was better than all before it; where a "
+        "cross lies far from its dot, the groups act together."
     )
     drawn = ""
     if plot:

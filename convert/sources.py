@@ -226,8 +226,9 @@ def load_model(files: ModelFiles, source: ModelSource) -> tuple[Any, Any]:
     if files.gguf:
         options["gguf_file"] = files.gguf
     unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)} if files.gguf else {}
+    auto = _auto_class(files, source)
     with _explained(files, "model"):
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        model, info = auto.from_pretrained(
             files.folder,
             dtype=getattr(torch, source.dtype),
             output_loading_info=True,
@@ -242,6 +243,33 @@ def load_model(files: ModelFiles, source: ModelSource) -> tuple[Any, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES= keeps it off the GPU
     log.info("%s is on %s", files.name, device)
     return model.eval().to(device), tokenizer
+
+
+def _auto_class(files: ModelFiles, source: ModelSource) -> Any:
+    """The auto class of what the config says the model is: a causal language model, or an encoder, with a head or not.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    transformers = importlib.import_module("transformers")
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    if files.gguf:
+        return transformers.AutoModelForCausalLM
+    config = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
+    name = next(iter(config.get("architectures") or ()), None)
+    if name is None or source.trust_remote_code or name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return transformers.AutoModelForCausalLM
+    if name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        return transformers.AutoModelForMaskedLM
+    kinds = [kind for kind, bare in auto.MODEL_MAPPING_NAMES.items() if bare == name]
+    if set(kinds) & set(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES):
+        return transformers.AutoModel
+    if kinds:
+        return transformers.AutoModelForCausalLM  # a decoder saved without its head, which loading then says
+    raise UsageError(
+        f"{_where(files)} holds a {name}: what is converted are causal language models and encoders of text, bare or "
+        "with a masked-token head"
+    )
 
 
 def _check_complete(info: dict[str, Any], where: Path) -> None:

@@ -50,16 +50,19 @@ def _stage_row(row: Mapping[str, Any]) -> list[str | Text]:
 
 
 def profile_table(profile: Mapping[str, Any]) -> Table:
-    """Per layer: the strongest retrieval head, and what each candidate costs, summed over the layer's groups."""
+    """Per layer: the strongest retrieval head (encoders have none), and what each candidate costs over its groups."""
     candidates = list(profile["candidates"])
     damaged = bool(profile["damage"])
-    head = ["layer", "retrieval"]
+    scores = profile["statistics"].get("retrieval")
+    head = ["layer", *(["retrieval"] if scores else [])]
     for name in candidates:
         head += [f"{name}\nKL", "needle\nloss"] if damaged else [f"{name}\nerror"]
     rows: list[list[str | Text]] = []
     for index, site in enumerate(profile["sites"]):
-        retrieval = max(profile["statistics"]["retrieval"][index])
-        row: list[str | Text] = [str(site["layer"]), Text(f"{retrieval:.2f}", style="bold" if retrieval >= 0.1 else "")]
+        row: list[str | Text] = [str(site["layer"])]
+        if scores:
+            best = max((score for score in scores[index] if score is not None), default=0.0)
+            row.append(Text(f"{best:.2f}", style="bold" if best >= 0.1 else ""))
         for name in candidates:
             if damaged:
                 measured = profile["damage"][name]
@@ -220,4 +223,6 @@ def plan_facts(described: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The figures of a plan: what `inspect` computed."""
     pairs = [("converted", f"{percent(described['converted'])} of {described['groups']} KV groups")]
     pairs += [(f"KV cache @ {tokens(n)}", ratio(value)) for n, value in described["kv_ratio"].items()]
+    if not described["kv_ratio"]:
+        pairs += [(f"attention FLOPs @ {tokens(n)}", ratio(x)) for n, x in described["flops_ratio"].items()]
     return pairs

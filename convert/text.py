@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UsageError
+from .hosts import models
+
+STRIDE = 4  # every 4th position takes part in the measured KL
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,37 @@ class Needles:
         """The first cases only."""
         return Needles(self.ids[:cases], self.answer[:cases], self.needle[:cases])
 
+    def target(self, case: int) -> Tensor:
+        """(A,): the answer's tokens, which the last rows of `log_probabilities` predict."""
+        return self.ids[case, self.answer[case]]
+
+    def log_probabilities(self, model: Any, case: int) -> Tensor:
+        """At the positions that are measured, in fp32. → (P, V)"""
+        ids, at = self.ids[case][None].to(model.device), measured_positions(self.answer[case].to(model.device))
+        return models.logits_at(model, ids, at)[0].float().log_softmax(-1)
+
+    def loss(self, model: Any, case: int, name: str) -> Tensor:
+        """ "needle": of the answer; "text": of all before it. Mean nats per token, with a gradient."""
+        ids, answer = self.ids[case][None].to(model.device), self.answer[case].to(model.device)
+        at = answer - 1 if name == "needle" else torch.arange(int(answer[0]) - 1, device=ids.device)
+        return F.cross_entropy(models.logits_at(model, ids, at)[0].float(), ids[0, at + 1])
+
+
+class Cases(Protocol):
+    """What damage is measured on: `Needles` for a language model, `passages.Passages` for an encoder."""
+
+    @property
+    def ids(self) -> Tensor: ...
+    def first(self, cases: int) -> Cases: ...
+    def target(self, case: int) -> Tensor: ...
+    def log_probabilities(self, model: Any, case: int) -> Tensor: ...
+    def loss(self, model: Any, case: int, name: str) -> Tensor: ...
+
+
+def measured_positions(answer: Tensor) -> Tensor:
+    """Every STRIDE-th position before the answer (A,), and those that predict it."""
+    return torch.cat([torch.arange(STRIDE, int(answer[0]) - 1, STRIDE, device=answer.device), answer - 1])
+
 
 def rng(*parts: object) -> torch.Generator:
     """A generator whose seed is a hash of what it is for, so that streams never depend on each other."""
@@ -89,17 +124,44 @@ def opening(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and ids[:1] == [bos] else []
 
 
-def sequences(tokenizer: Any, documents: Sequence[Any], count: int, length: int, seed: int) -> Tensor:
+def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What an encoder's tokenizer puts before and after every text, such as [CLS] and [SEP]."""
+    bare, whole = tokenize(tokenizer, "a"), list(tokenizer("a")["input_ids"])
+    at = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
+    return whole[:at], whole[at + len(bare) :]
+
+
+def hidden_fact(form: Template, generator: torch.Generator) -> str:
+    """The words of a needle, its number drawn."""
+    return form.needle.format(answer=_number(form, generator)).strip()
+
+
+def _number(form: Template, generator: torch.Generator) -> str:
+    return "".join(str(int(d)) for d in torch.randint(0, 10, (form.digits,), generator=generator))
+
+
+def sequences(
+    tokenizer: Any,
+    documents: Sequence[Any],
+    count: int,
+    length: int,
+    seed: int,
+    around: tuple[list[int], list[int]] | None = None,
+) -> Tensor:
     """`count` sequences of `length` tokens, each from one document, none overlapping, drawn with `seed`. → (n, S)
+
+    Args:
+        around: tokens before and after each; by default the tokenizer's beginning of a sequence.
 
     Raises:
         UsageError: the documents are too short for that many.
     """
-    pieces, start = [], opening(tokenizer)
-    body = length - len(start)
+    pieces = []
+    start, end = around or (opening(tokenizer), [])
+    body = length - len(start) - len(end)
     for document in documents:
         ids = tokenize(tokenizer, document.text)
-        pieces += [start + ids[i : i + body] for i in range(0, len(ids) - body + 1, body)]
+        pieces += [start + ids[i : i + body] + end for i in range(0, len(ids) - body + 1, body)]
     if len(pieces) < count:
         raise UsageError(
             f"the text holds {len(pieces)} sequences of {length} tokens but {count} are asked for: "
@@ -118,7 +180,7 @@ def needles(tokenizer: Any, documents: Sequence[Any], template: str, cases: int,
     hay = sequences(tokenizer, documents, cases, length, seed)
     ids, answers, found = [], [], []
     for case in range(cases):
-        number = "".join(str(int(d)) for d in torch.randint(0, 10, (form.digits,), generator=generator))
+        number = _number(form, generator)
         before, after = form.needle.split("{answer}", 1)
         parts = [tokenize(tokenizer, x) for x in (before.rstrip(), " " + number, after.format(answer=number))]
         question, answer = tokenize(tokenizer, form.question), tokenize(tokenizer, " " + number)

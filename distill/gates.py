@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..convert.hosts import models
 from ..convert.hosts.transformers import Conversion, Site, SiteOperators, all_full, refusal
 from ..convert.observation import Learned, Table
-from ..convert.text import Needles
+from ..convert.text import Cases, Needles
 from ..kernels import operators
 from ..kernels.call import Call
 from ..kernels.spec import Full, Spec, label
@@ -35,7 +35,7 @@ def learn_gates(
     method: Method,
     model: Any,
     sites: Sequence[Site],
-    needles: Needles,
+    needles: Cases,
     spec: Spec,
     *,
     steps: int,
@@ -51,7 +51,8 @@ def learn_gates(
     (DuoAttention, Xiao et al. 2024). `linvideo`: KL to the teacher on the text, plus 0.01 times the constraint
     (Σ⌈r⌋ − target)² / groups, where the share `full` of the groups stays full, and the rounding term
     Σ(1 − |2r − 1|^α) / groups with α from 20 to 2, from r = 1/2 (LinVideo, 2025). There r is per layer and the terms
-    are sums; over the many KV groups here sums drown the KL, and all gates would move as one.
+    are sums; over the many KV groups here sums drown the KL, and all gates would move as one. An encoder without a head
+    has no KL: the relative error of its last hidden states takes its place, and `duo` looks at all positions.
     """
     start = 1.0 if method == "duo" else 0.5
     able = [s for s in sites if refusal(s, spec) is None]
@@ -62,7 +63,8 @@ def learn_gates(
         f"gates-{method}", gates, torch.optim.AdamW(list(gates.values()), lr=RATE, weight_decay=0.0),
         RATE, steps, 0.05, 1e9, 20, folder,
     )  # fmt: skip
-    at = needles.answer[0].to(model.device) - 1
+    at = needles.answer[0] - 1 if isinstance(needles, Needles) else torch.arange(needles.ids.shape[1])
+    at = at.to(model.device)
     target = full * sum(s.kv_heads for s in able)
 
     def observe(site: SiteOperators, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
@@ -84,7 +86,7 @@ def learn_gates(
                 error = (got[:, at] - want[:, at]).float().square().mean()
                 loss = error + SPARSITY * flat.abs().mean()
             else:
-                error = distillation(model, want, got, CHUNK)
+                error = distillation(model, want, got, CHUNK) if models.has_head(model) else _relative(want, got)
                 done = trainer.at / max(1, steps - 1)
                 loss = error + CONSTRAINT * (constraint(flat, target) + rounding(flat, done)) / len(flat)
             loss.backward()
@@ -93,6 +95,11 @@ def learn_gates(
     with models.frozen(model), models.converted(model, all_full(sites)) as conversion:
         trainer.run(partial(step, conversion), needles.ids, 1, seed, track)
     return {method: [bounded(gates[s.name]).tolist() if s.name in gates else [None] * s.kv_heads for s in sites]}
+
+
+def _relative(want: Tensor, got: Tensor) -> Tensor:
+    """Squared error over the square of what is wanted."""
+    return (got - want).float().square().sum() / want.float().square().sum().clamp_min(1e-12)
 
 
 def bounded(gates: Tensor) -> Tensor:

@@ -13,14 +13,15 @@ from ..convert.costs import Costs, require_costs
 from ..convert.costs_measure import here, measure_costs
 from ..convert.errors import UsageError
 from ..convert.files import read_json, write_json
-from ..convert.hosts.models import find_sites
+from ..convert.hosts.models import find_sites, is_encoder
 from ..convert.hosts.transformers import Site
 from ..convert.machine import versions
+from ..convert.passages import passages
 from ..convert.plan import Plan, read_plan
 from ..convert.progress import Track, silent
 from ..convert.recipe_schema import TransferSettings
 from ..convert.sources import Document, fetch_model, load_model, read_texts, refuse_overlap
-from ..convert.text import Needles, needles, sequences
+from ..convert.text import Cases, Needles, frame, needles, sequences
 from ..kernels import operators
 from ..kernels.spec import label
 from .loop import fit_operators, load_student
@@ -78,6 +79,30 @@ class Work:
     def needles(self, settings: NeedleSettings, documents: Sequence[Document], seed: int) -> Needles:
         return needles(self.tokenizer, documents, settings.template, settings.cases, settings.length, seed)
 
+    def require_generation(self, stage: str) -> None:
+        """Refuses what is not there for encoders yet.
+
+        Raises:
+            UsageError: the model cannot generate.
+        """
+        if is_encoder(self.model):
+            raise UsageError(
+                f"{type(self.model).__name__} is an encoder: it can be profiled and its plan selected, but {stage} "
+                "needs a language model so far"
+            )
+
+    def cases(self, settings: NeedleSettings, documents: Sequence[Document], seed: int) -> Cases:
+        """What damage is measured on: needle tasks, or for an encoder passages that a search should find."""
+        if not is_encoder(self.model):
+            return self.needles(settings, documents, seed)
+        how = settings.template, settings.cases, settings.length, seed
+        return passages(self.model, self.tokenizer, documents, *how)
+
+    def sequences(self, documents: Sequence[Document], count: int, length: int, seed: int) -> Tensor:
+        """(n, S) tokens, framed as the model expects them."""
+        around = frame(self.tokenizer) if is_encoder(self.model) else None
+        return sequences(self.tokenizer, documents, count, length, seed, around)
+
     def check_heldout(self) -> None:
         """Whether evaluation will have the text it needs: better said now than after hours of training.
 
@@ -87,20 +112,20 @@ class Work:
         settings = self.recipe.evaluate
         refuse_overlap(self.calibration, self.heldout)
         for length in settings.lengths:
-            sequences(self.tokenizer, self.heldout, settings.sequences, length, settings.seed)
-        self.needles(settings.needles, self.heldout, settings.seed)
+            self.sequences(self.heldout, settings.sequences, length, settings.seed)
+        self.cases(settings.needles, self.heldout, settings.seed)
 
     @cached_property
     def profile_texts(self) -> Tensor:
         """(n, S) calibration tokens of the profile."""
         settings = self.recipe.profile
-        return sequences(self.tokenizer, self.calibration, settings.sequences, settings.length, settings.seed)
+        return self.sequences(self.calibration, settings.sequences, settings.length, settings.seed)
 
     @cached_property
-    def profile_needles(self) -> Needles:
+    def profile_needles(self) -> Cases:
         """The cases on which damage is measured."""
         settings = self.recipe.profile
-        return self.needles(settings.needles, self.calibration, settings.seed)
+        return self.cases(settings.needles, self.calibration, settings.seed)
 
     def cost_lengths(self) -> list[int]:
         """The lengths that budgets and timings of the recipe speak of."""

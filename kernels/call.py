@@ -24,7 +24,8 @@ class Call:
 
     `valid` (B, seen + Q) is true for real tokens and None when all are. `softcap`, `sink_logits` (H,) and `limit` are
     the architecture's own: logit soft cap (Gemma 2), a learned logit per head in the normaliser (gpt-oss) and the
-    model's own sliding window, in tokens. `keep` is false where nobody wants the state.
+    model's own sliding window, in tokens. `keep` is false where nobody wants the state. `causal` is false where rows
+    read in both directions, as in encoders: such a call has no past (`seen` 0) and leaves no state.
     """
 
     scale: float
@@ -34,6 +35,11 @@ class Call:
     sink_logits: Tensor | None = None
     limit: int | None = None
     keep: bool = True
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.causal and self.seen:
+            raise ValueError(f"seen must be 0 where the call is not causal, not {self.seen}: it has no past")
 
     def heads(self, index: slice | list[int]) -> Call:
         """The same call for the query heads in `index` only."""
@@ -48,11 +54,15 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One KV group: `queries` query heads over one KV head of size `dim`; `element` is bytes per cached number."""
+    """One KV group: `queries` query heads over one KV head of size `dim`; `element` is bytes per cached number.
+
+    Where it is not `causal` rows read in both directions, and nothing is cached.
+    """
 
     queries: int
     dim: int
     element: int = 2
+    causal: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +87,9 @@ def map_state(state: T, change: Callable[[Tensor], Tensor]) -> T:
 
 
 def state_bytes(state: object) -> int:
-    """Bytes that the tensors of a state hold."""
+    """Bytes that the tensors of a state hold; 0 of None."""
+    if state is None:
+        return 0
     values = [getattr(state, f.name) for f in dataclasses.fields(state)]  # type: ignore[arg-type]
     return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
 

@@ -1,4 +1,4 @@
-"""Full attention, as the model had it: causal softmax over everything, or over the model's own sliding window."""
+"""Full attention, as the model had it: softmax over everything (before a row where causal), or over its own window."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def parameters(spec: Full, heads: int, kv_heads: int, dim: int) -> nn.Module | N
 def reference(spec: Full, q: Tensor, k: Tensor, v: Tensor, call: Call, learned: nn.Module | None = None) -> Tensor:
     """The definition, dense: q (B, H, S, D), k, v (B, Hk, S, D), no state. → (B, H, S, D)"""
     i = torch.arange(q.shape[2], device=q.device)
-    allowed = i[:, None] >= i  # (S, S)
+    distance = i[:, None] - i  # (S, S)
+    allowed = distance >= 0 if call.causal else torch.ones_like(distance, dtype=torch.bool)
     if call.limit is not None:
-        allowed = allowed & (i[:, None] - i < call.limit)
+        allowed = allowed & (distance.abs() < call.limit)
     if call.valid is not None:
         allowed = allowed & call.valid[:, None, None, None, :]
     s = logits(grouped(q, k.shape[1]), k[:, :, None], call)
@@ -47,7 +48,7 @@ def reference(spec: Full, q: Tensor, k: Tensor, v: Tensor, call: Call, learned: 
 def piece(
     spec: Full, q: Tensor, k: Tensor, v: Tensor, call: Call, state: object = None, learned: nn.Module | None = None
 ) -> Piece:
-    """The new tokens attend to all before them."""
+    """The new tokens attend to all before them, and where not causal to all."""
     if call.limit is not None:  # the model's own sliding window, which keeps no more than it reads
         return window.piece(Window(size=call.limit, sinks=0), q, k, v, call, state)
     if isinstance(state, FullState):
@@ -78,8 +79,8 @@ def step(
 
 
 def prefill_cost(spec: Full, shape: Shape, length: int) -> Cost:
-    """Of `length` tokens at once: QKᵀ and PV over the causal half."""
-    pairs = length * (length + 1) / 2
+    """Of `length` tokens at once: QKᵀ and PV, over the half before each row where causal."""
+    pairs = length * (length + 1) / 2 if shape.causal else length**2
     io = (2 * shape.queries + 2) * length * shape.dim * shape.element
     return Cost(flops=4 * pairs * shape.queries * shape.dim, bytes=io, state_bytes=state_size(spec, shape, length))
 
@@ -92,4 +93,4 @@ def decode_cost(spec: Full, shape: Shape, length: int) -> Cost:
 
 def state_size(spec: Full, shape: Shape, length: int) -> float:
     """Bytes cached after `length` tokens."""
-    return 2 * length * shape.dim * shape.element
+    return 2 * shape.causal * length * shape.dim * shape.element

@@ -1,7 +1,8 @@
 """Window + sinks + a linear tail under one normaliser.
 
 A token leaves the window when it is `window` behind and then joins the linear state, so the tail is causal linear
-attention over keys that arrive `window` tokens late. With scores s_ij and features φ,
+attention over keys that arrive `window` tokens late; where the call is not causal, the tail is everything outside the
+window. With scores s_ij and features φ,
 
     o_i = [Σ_near e^{s_ij} v_j + e^{c} Σ_tail φ(q_i)·φ(k_j) v_j] / [Σ_near e^{s_ij} + e^{c} Σ_tail φ(q_i)·φ(k_j)]
 
@@ -70,7 +71,8 @@ def reference(spec: Hybrid, q: Tensor, k: Tensor, v: Tensor, call: Call, learned
     assert isinstance(learned, HybridParameters)
     length = q.shape[2]
     near = window.allowed_pairs(_window(spec), call, q.shape[0], length, q.device)[:, None, None]
-    past = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    past = torch.ones(length, length, dtype=torch.bool, device=q.device)
+    past = past.tril() if call.causal else past
     past = past if call.valid is None else past & call.valid[:, None, None, None, :]
     s = logits(grouped(q, k.shape[1]), k[:, :, None], call)
     number, total, top = softmax_terms(s, near, v[:, :, None], sink_column(call, s))

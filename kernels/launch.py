@@ -66,7 +66,7 @@ def mixed(
         k,
         v,
         ops.ranges(sizes, q.device),
-        causal=True,
+        causal=call.causal,
         scale=call.scale,
         valid=pieces[0].valid,
         extra=_extras(pieces, groups, k),

@@ -1,7 +1,8 @@
-"""Causal linear attention with learned feature maps, normalised; its memory does not grow with the length.
+"""Linear attention with learned feature maps, normalised; its memory does not grow with the length.
 
-o_i = φ(q_i)ᵀ S_i / φ(q_i)ᵀ z_i with S_i = Σ_{j ≤ i} φ(k_j) v_jᵀ and z_i = Σ_{j ≤ i} φ(k_j). S and z are one tensor:
-z is the last column, made by a column of ones beside v. The state is at least fp32: a bf16 running sum loses terms.
+o_i = φ(q_i)ᵀ S_i / φ(q_i)ᵀ z_i with S_i = Σ_{j ≤ i} φ(k_j) v_jᵀ and z_i = Σ_{j ≤ i} φ(k_j), or over all j where the
+call is not causal. S and z are one tensor: z is the last column, made by a column of ones beside v. The state is at
+least fp32: a bf16 running sum loses terms.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def reference(spec: Linear, q: Tensor, k: Tensor, v: Tensor, call: Call, learned
     """The definition, dense: q (B, H, S, D), k, v (B, Hk, S, D), no state. → (B, H, S, D)"""
     assert isinstance(learned, Hedgehog)
     a = grouped(learned.queries(q), k.shape[1]) @ learned.keys(k)[:, :, None].transpose(-1, -2)
-    a = a.tril()
+    a = a.tril() if call.causal else a
     if call.valid is not None:
         a = a * call.valid[:, None, None, None, :]
     total = a.sum(-1, keepdim=True)
@@ -45,15 +46,14 @@ def reference(spec: Linear, q: Tensor, k: Tensor, v: Tensor, call: Call, learned
 
 def attend(
     spec: Linear, q: Tensor, k: Tensor, v: Tensor, call: Call, state: object = None, learned: nn.Module | None = None
-) -> tuple[Tensor, LinearState]:
-    """The new tokens attend to all before them through the state. → (B, H, Q, D), state"""
+) -> tuple[Tensor, LinearState | None]:
+    """The new tokens attend to all before them through the state. → (B, H, Q, D), state; None where not causal"""
     assert isinstance(learned, Hedgehog)
     refuse_limit(call)
     fk = only(learned.keys(k), call.real(call.seen, call.seen + k.shape[2]))
     before = state.s if isinstance(state, LinearState) else None
-    o, s = ops.linear_attention(learned.queries(q), fk, v, causal=True, state=before)
-    assert s is not None
-    return o, LinearState(s)
+    o, s = ops.linear_attention(learned.queries(q), fk, v, causal=call.causal, state=before)
+    return o, None if s is None else LinearState(s)
 
 
 def refuse_limit(call: Call) -> None:
@@ -84,10 +84,10 @@ def add(s: Tensor, fk: Tensor, v: Tensor, counts: Tensor | None) -> None:
 
 
 def prefill_cost(spec: Linear, shape: Shape, length: int) -> Cost:
-    """Of `length` tokens at once: feature maps, pairs inside chunks, the state read and written."""
+    """Of `length` tokens at once: feature maps, the state written and read, and where causal pairs inside chunks."""
     g, d, f = shape.queries, shape.dim, 2 * shape.dim
     maps = 2 * d * d * (g + 1)
-    inside = 2 * min(CHUNK, length) * (f + d + 1) * g
+    inside = 2 * min(CHUNK, length) * (f + d + 1) * g * shape.causal
     across = 2 * f * (d + 1) * (g + 1)
     io = (2 * g + 2) * length * d * shape.element
     return Cost(flops=length * (maps + inside + across), bytes=io, state_bytes=state_size(spec, shape, length))
@@ -102,4 +102,4 @@ def decode_cost(spec: Linear, shape: Shape, length: int) -> Cost:
 
 def state_size(spec: Linear, shape: Shape, length: int) -> float:
     """Bytes of the fp32 state."""
-    return 2 * shape.dim * (shape.dim + 1) * 4
+    return 2 * shape.causal * shape.dim * (shape.dim + 1) * 4

@@ -65,8 +65,11 @@ def attend_all(
     """The operators of a site together: each serves its KV groups of q (B, H, Q, D), k, v (B, Hk, Q, D).
 
     A prefill is one launch of mixed attention for all that read softmax ranges, a decode step one launch for all with
-    a cache; linear attention over a prompt and retention have launches of their own.
+    a cache; linear attention over a prompt and retention have launches of their own. A call that is not causal leaves
+    no states.
     """
+    if not call.causal:
+        call = dataclasses.replace(call, keep=False)
     one = q.shape[2] == 1 and not _differentiable(uses, q, k, v)  # a step writes into its cache
     after: list[object] = list(states)
     done: list[tuple[list[int], Tensor]] = []  # KV groups and their outputs

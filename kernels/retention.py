@@ -97,6 +97,8 @@ def attend(
 ) -> tuple[Tensor, RetentionState]:
     """The new tokens attend to what is recent and what was kept. → (B, H, Q, D), state"""
     refuse_limit(call)
+    if not call.causal:
+        raise ValueError("retention keeps what later rows will read: where rows read both ways choose window or linear")
     memory = _memory(spec, state) if isinstance(state, RetentionState) else None
     o, after = ops.retention(
         q,

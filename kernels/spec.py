@@ -54,6 +54,8 @@ class Full:
 class Window:
     """Softmax over the token itself, the `size - 1` before it, and the first `sinks` real tokens of the sequence.
 
+    In an encoder the `size - 1` after it as well.
+
     Source: StreamingLLM (Xiao et al., 2023).
     """
 
@@ -68,7 +70,7 @@ class Window:
 @operator("linear")
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """Causal linear attention with learned feature maps; one fp32 state per KV head.
+    """Linear attention with learned feature maps; one fp32 state per KV head.
 
     Source: Hedgehog (Zhang et al., 2024).
     """

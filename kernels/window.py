@@ -1,5 +1,8 @@
 """Sliding window with sink tokens: softmax over the last `size` tokens and the first `sinks` real ones.
 
+Where the call is not causal the window reaches as far in both directions: |i − j| < size, as in Longformer (Beltagy et
+al., 2020), whose global first token is a sink here.
+
 The work and the memory grow with S × size. What is kept between calls is a ring of `size` keys and values, and the
 sinks after it: token p is in slot p % size, sink n in slot size + n.
 """
@@ -50,10 +53,11 @@ def allowed_pairs(spec: Window, call: Call, batch: int, length: int, device: tor
     i = torch.arange(length, device=device)
     size = width(spec, call)
     distance = i[:, None] - i
-    near = ((distance >= 0) & (distance < size))[None]
+    reached = distance >= 0 if call.causal else torch.ones_like(distance, dtype=torch.bool)
+    near = (reached & (distance.abs() < size))[None]
     sink_at = sink_positions(call, batch if call.valid is not None else 1, length, spec.sinks, device)
     is_sink = (sink_at[:, :, None] == i).any(1)  # (B, S)
-    allowed = near | (is_sink[:, None] & (distance >= 0))
+    allowed = near | (is_sink[:, None] & reached)
     return allowed if call.valid is None else allowed & call.valid[:, None, :length]
 
 
@@ -165,6 +169,9 @@ def prefill_cost(spec: Window, shape: Shape, length: int) -> Cost:
     near = min(spec.size, length)
     pairs = near * (near + 1) / 2 + (length - near) * spec.size
     pairs += sum(max(0, length - spec.size - sink) for sink in range(spec.sinks))
+    if not shape.causal:  # as many again on the other side, the diagonal once
+        pairs += near * (near - 1) / 2 + (length - near) * (spec.size - 1)
+        pairs += sum(max(0, sink - spec.size + 1) for sink in range(min(spec.sinks, length)))
     io = (2 * shape.queries + 2) * length * shape.dim * shape.element
     return Cost(flops=4 * pairs * shape.queries * shape.dim, bytes=io, state_bytes=state_size(spec, shape, length))
 
@@ -178,4 +185,4 @@ def decode_cost(spec: Window, shape: Shape, length: int) -> Cost:
 
 def state_size(spec: Window, shape: Shape, length: int) -> float:
     """Bytes cached, whatever the length: the ring and the sinks."""
-    return 2 * (spec.size + spec.sinks) * shape.dim * shape.element
+    return 2 * shape.causal * (spec.size + spec.sinks) * shape.dim * shape.element

@@ -46,11 +46,14 @@ OTHERS = {
 }
 
 
-def tiny(name, seed=0, **changes):
+ENCODERS = ("bert", "roberta", "electra", "camembert", "xlm-roberta")
+
+
+def tiny(name, seed=0, auto=AutoModelForCausalLM, **changes):
     """A random model of the architecture; weights are made larger so that attention is far from uniform."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(name, **{**BASE, **{**DECODERS, **OTHERS}.get(name, {}), **changes})
-    model = AutoModelForCausalLM.from_config(config).float().eval()
+    model = auto.from_config(config).float().eval()
     for name, p in model.named_parameters():
         if p.ndim > 1:
             p.data.mul_(2.0)

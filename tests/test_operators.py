@@ -144,6 +144,45 @@ def test_gradients_equal_those_of_the_reference(spec):
         torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
 
 
+BOTH_WAYS = [spec for spec in SPECS if not isinstance(spec, Retention)]
+
+
+@pytest.mark.parametrize("spec", BOTH_WAYS, ids=label)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_rows_that_read_both_ways_equal_the_reference_with_gradients(spec, shape, padded):
+    call = call_of(shape, left_padded(shape).flip(1) if padded else None, causal=False)
+    learned = learned_of(spec, shape)
+    real = torch.ones(shape[0], shape[3], dtype=torch.bool) if call.valid is None else call.valid
+    weights = torch.randn(shape[0], shape[1], shape[3], shape[4], dtype=torch.float64) * real[:, None, :, None]
+    outputs, gradients = [], []
+    for run in (operators.of(spec).reference, lambda *a: operators.attend(*a[:5], None, a[5])[0]):
+        inputs = [x.clone().requires_grad_() for x in make(shape)]
+        outputs.append(run(spec, *inputs, call, learned) * (weights != 0))
+        trained = list(learned.parameters()) if learned is not None else []
+        found = torch.autograd.grad((outputs[-1] * weights).sum(), inputs + trained, allow_unused=True)
+        gradients.append([torch.zeros(()) if x is None or not x.any() else x for x in found])
+    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-10, rtol=1e-10)
+    for want, got in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("spec", BOTH_WAYS, ids=label)
+def test_a_call_that_is_not_causal_has_no_past_and_leaves_no_state(spec):
+    shape = (1, 4, 2, 20, 8)
+    _, state = operators.attend(spec, *make(shape), call_of(shape, causal=False), None, learned_of(spec, shape))
+    assert state is None
+    assert operators.of(spec).state_size(spec, Shape(queries=2, dim=8, causal=False), 20) == 0
+    with pytest.raises(ValueError, match="no past"):
+        call_of(shape, causal=False, seen=3)
+
+
+def test_retention_needs_an_order():
+    shape = (1, 4, 2, 20, 8)
+    with pytest.raises(ValueError, match="both ways"):
+        operators.attend(Retention(), *make(shape), call_of(shape, causal=False))
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=label)
 def test_bf16_is_as_close_as_sdpa_math_allows(spec):
     shape = (1, 4, 2, 150, 16)
@@ -252,6 +291,29 @@ def test_flops_of_the_cost_model_match_a_count(spec, monkeypatch):
         with FlopCounterMode(display=False) as counter:
             operators.attend(spec, q, k, v, call_of(shape), None, learned)
         assert cost.flops == pytest.approx(counter.get_total_flops(), rel=1.0 if isinstance(spec, Hybrid) else 0.05)
+
+
+@pytest.mark.parametrize("length", [5, 40, 256])
+@pytest.mark.parametrize("spec", [Full(), Window(size=16, sinks=2), Window(size=3, sinks=7)], ids=label)
+def test_flops_of_rows_that_read_both_ways_are_counted_pair_by_pair(spec, length):
+    cost = operators.of(spec).prefill_cost(spec, Shape(queries=3, dim=16, causal=False), length)
+    near = length if isinstance(spec, Full) else spec.size
+    sinks = 0 if isinstance(spec, Full) else spec.sinks
+    pairs = sum(abs(i - j) < near or j < sinks for i in range(length) for j in range(length))
+    assert cost.flops == 4 * pairs * 3 * 16
+
+
+@pytest.mark.parametrize("spec", [Linear(), Hybrid(window=16, sinks=2)], ids=label)
+def test_flops_of_linear_attention_both_ways_match_a_count(spec, monkeypatch):
+    for name in ("mixed", "linear", "features"):
+        monkeypatch.setattr(custom_ops, name, getattr(custom_ops, name)._init_fn)
+    monkeypatch.setenv("ATTNCONVERT_BACKEND", "torch")
+    shape = (1, 3, 1, 256, 16)
+    learned = learned_of(spec, shape, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        operators.attend(spec, *make(shape, dtype=torch.float32), call_of(shape, causal=False), None, learned)
+    cost = operators.of(spec).prefill_cost(spec, Shape(queries=3, dim=16, element=4, causal=False), 256)
+    assert cost.flops == pytest.approx(counter.get_total_flops(), rel=1.0 if isinstance(spec, Hybrid) else 0.05)
 
 
 def test_cost_of_bounded_operators_does_not_grow_with_length():

@@ -40,16 +40,17 @@ def find_sites(model: PreTrainedModel, tolerance: float = 1e-5) -> list[Site]:
     ) -> Any:
         if module in seen:
             raise Unsupported(f"{type(module).__name__} is called more than once in a pass, with one cache layer")
-        heads, kv_heads = query.shape[1], key.shape[1]
-        if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
-            raise Unsupported(
-                f"{type(module).__name__} is not causal: only causal language models are converted so far"
-            )
+        heads, kv_heads, own = query.shape[1], key.shape[1], kwargs.get("sliding_window")
+        causal = bool(getattr(module, "is_causal", True)) and kwargs.get("is_causal") is not False
+        if key.shape[2] != query.shape[2]:
+            raise Unsupported(f"{type(module).__name__} reads another sequence than its own: that is not converted")
+        if not causal and own is not None:
+            raise Unsupported(f"{type(module).__name__} reads in both directions in a window of its own: not known yet")
         if query.shape[-1] != value.shape[-1]:
             raise Unsupported(
                 f"{type(module).__name__}: keys of {query.shape[-1]} and values of {value.shape[-1]} differ"
             )
-        seen[module] = (heads, kv_heads, query.shape[-1], kwargs.get("sliding_window"))
+        seen[module] = (heads, kv_heads, query.shape[-1], own, causal)
         return query.new_zeros(query.shape).transpose(1, 2), None
 
     AttentionInterface.register(f"{NAME}_probe", record)
@@ -70,11 +71,11 @@ def find_sites(model: PreTrainedModel, tolerance: float = 1e-5) -> list[Site]:
     names = {module: name for name, module in model.named_modules()}
     _refuse_missed(model, seen, names)
     sites = []
-    for module, (heads, kv_heads, dim, limit) in seen.items():
-        index = getattr(module, "layer_idx", None)
+    for place, (module, (heads, kv_heads, dim, limit, causal)) in enumerate(seen.items()):
+        index = getattr(module, "layer_idx", None) if causal else place  # an encoder has no cache to find by it
         if index is None:
             raise Unsupported(f"{names[module]} has no layer index, so its cache cannot be found")
-        sites.append(Site(names[module], index, heads, kv_heads, dim, limit))
+        sites.append(Site(names[module], index, heads, kv_heads, dim, limit, causal))
     unknown = masked - {site.limit for site in sites}
     if unknown:
         raise Unsupported(
@@ -261,9 +262,19 @@ def last_logits(model: PreTrainedModel) -> dict[str, int]:
 
 
 def trunk(model: PreTrainedModel) -> nn.Module:
-    """The model without its head: ids → hidden states."""
-    inner: nn.Module = getattr(model, model.base_model_prefix)
+    """The model without its head: ids → hidden states. A model that has no head is its own."""
+    inner: nn.Module = getattr(model, model.base_model_prefix, model)
     return inner
+
+
+def has_head(model: PreTrainedModel) -> bool:
+    """Whether it puts out logits, and not hidden states only."""
+    return trunk(model) is not model
+
+
+def is_encoder(model: PreTrainedModel) -> bool:
+    """Whether it cannot generate: texts go in, embeddings or masked tokens come out."""
+    return not model.can_generate()
 
 
 def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function
 
 from ...kernels import operators
 from ...kernels.call import Call, map_state, state_bytes
-from ...kernels.spec import Full, Spec, Window, label, spec_from_dict, spec_to_dict
+from ...kernels.spec import Full, Retention, Spec, Window, label, spec_from_dict, spec_to_dict
 
 NAME = "attnconvert"  # of the attention implementation, the submodule of a site, the config block and the model type
 FORMAT = 1  # of the config block
@@ -40,7 +40,10 @@ class Unsupported(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One self-attention: `name` of its module, layer index, query heads, KV heads, head dimension, own window."""
+    """One self-attention: `name` of its module, layer index, query heads, KV heads, head dimension, own window.
+
+    Where it is not `causal` rows read in both directions, as in an encoder.
+    """
 
     name: str
     layer: int
@@ -48,10 +51,13 @@ class Site:
     kv_heads: int
     dim: int
     limit: int | None = None
+    causal: bool = True
 
 
 def refusal(site: Site, spec: Spec) -> str | None:
     """Why a site cannot take an operator, or None where it can."""
+    if not site.causal and isinstance(spec, Retention):
+        return f"{site.name} reads in both directions, and {label(spec)} keeps what later rows will read"
     if site.limit is None or isinstance(spec, Full):
         return None
     if not isinstance(spec, Window):
@@ -128,6 +134,7 @@ class SiteOperators(nn.Module):
             sink_logits=s_aux,
             limit=sliding_window,
             keep=self.layer is not None,
+            causal=self.site.causal,
         )
         o: Tensor = self(query, key, value, call)
         return o.transpose(1, 2)
@@ -242,7 +249,9 @@ def mask_function(
 ) -> Tensor | None:
     """Keeps the padding mask (B, tokens so far) as it is, or None where every token is real."""
     compiling = torch.compiler.is_compiling()
-    if others.get("allow_is_causal_skip") is False:  # so transformers says that it is more than causal and padding
+    both_ways = others.get("mask_function") is bidirectional_mask_function
+    skip = "allow_is_bidirectional_skip" if both_ways else "allow_is_causal_skip"
+    if others.get(skip) is False:  # so transformers says that it is more than causal, or everything, and padding
         advice = "pad the batch instead"
         if compiling and attention_mask is None:
             advice = "pass an attention_mask, without one transformers cannot rule them out while it compiles"

@@ -1,4 +1,4 @@
-"""The study behind docs/selection.md: every statistic and every selector, on SmolLM2, side by side.
+"""The study behind docs/selection.md: every statistic and every selector, on SmolLM2 and MiniLM, side by side.
 
     make study                          everything; continues where it stopped
     python docs/benchmarks/selection.py --seeds 1 --cases 10 --out runs/study-small --results /tmp/selection.json
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,31 +24,34 @@ import torch
 from scipy.stats import spearmanr
 
 from attnconvert import pipeline
-from attnconvert.convert.damage import Group, kl, log_probabilities, measured_positions, plan_key, replaced
-from attnconvert.convert.files import stored, write_json
+from attnconvert.convert.damage import Group, kl, plan_key, replaced
+from attnconvert.convert.files import read_json, stored, write_json
 from attnconvert.convert.machine import hardware, versions
+from attnconvert.convert.passages import Passages, embed
 from attnconvert.convert.profiling import Profile
 from attnconvert.convert.progress import Track, rich_track
-from attnconvert.convert.recipe import SelectSettings, load_recipe
+from attnconvert.convert.recipe import NeedleSettings, SelectSettings, load_recipe
 from attnconvert.convert.recipe_inputs import TextSource
 from attnconvert.convert.refinement import chosen_groups
 from attnconvert.convert.runs import Run
 from attnconvert.convert.sources import read_texts
-from attnconvert.convert.text import Needles, needles
+from attnconvert.convert.text import Cases, Needles, measured_positions
 from attnconvert.distill.work import Work
 from attnconvert.kernels.spec import Spec, label
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "selection.json"
-RECIPE = HERE / "selection-study.yaml"
+RECIPES = {"SmolLM2": "selection-study.yaml", "MiniLM": "selection-study-minilm.yaml"}
 DOMAINS = ("speeches", "code")
 BUDGETS = (0.6, 0.75)  # share of the KV groups that is converted
 TEMPLATES = ("account", "train", "shelf")  # one per seed; none of them is profiled on
-LENGTH = 640
 CODE = {"package": {"name": "networkx", "version": "3.6.1", "files": ["networkx/algorithms/**/*.py"]}}
-LEARNING = "[{operator: linear}, {operator: hybrid, window: 64, sinks: 4}]"
+LEARNING = {
+    "SmolLM2": "[{operator: linear}, {operator: hybrid, window: 64, sinks: 4}]",
+    "MiniLM": "[{operator: linear}, {operator: hybrid, window: 16, sinks: 1}]",
+}
 METHODS: dict[str, dict[str, Any]] = {
-    "damage, refined": {"method": "damage", "rounds": 1, "measure_cases": 2},
+    "damage, refined": {"method": "damage", "rounds": 2, "measure_cases": 4},
     "damage": {"method": "damage"},
     "damage, KL alone": {"method": "damage", "needle_weight": 0.0},
     "greedy": {"method": "greedy"},
@@ -65,6 +70,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=list(RECIPES), choices=RECIPES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cases", type=int, default=17, help="needle cases per seed and domain")
     parser.add_argument("--domains", nargs="*", default=list(DOMAINS), choices=DOMAINS)
@@ -74,61 +80,63 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     track = rich_track()
+    studied = read_json(given.results)["models"] if given.results.exists() else {}
+    for model in given.models:
+        for found in study(model, given, track):  # what is known after each seed, so that it can be read meanwhile
+            studied[model] = found
+            write_json(given.results, {"schema": 2, "command": "make study", "models": studied})
+    if given.results == RESULTS:
+        selection_tables.write(studied)
+
+
+def study(model: str, given: argparse.Namespace, track: Track) -> Iterator[dict[str, Any]]:
+    """All that is measured of a model: after the candidates that learn, and after each seed more."""
     rows: list[dict[str, Any]] = []
     statistics: list[dict[str, Any]] = []
     first: Work | None = None
     for seed in range(given.seeds):
-        work, found, judged = one_seed(seed, given.out, given.methods, given.domains, given.cases, first, track)
-        first = first or work
+        work, found, judged = one_seed(model, seed, given, first, track)
         statistics += found
         rows += judged
-    assert first is not None
-    if not given.no_learning:
-        statistics += correlations(learning(given.out, first, track), 0)
-    document = {
-        "schema": 1,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "make study",
-        "machine": hardware(),
-        "versions": versions(),
-        "data": {"cases": given.cases, "length": LENGTH, "templates": TEMPLATES[: given.seeds], "seeds": given.seeds},
-        "statistics": statistics,
-        "selectors": rows,
-    }
-    write_json(given.results, document)
-    if given.results == RESULTS:
-        selection_tables.write(document)
+        if first is None:
+            first = work
+            if not given.no_learning:
+                statistics += correlations(learning(model, given.out, first, track), 0)
+        profiled = work.recipe.profile.needles
+        data = {"cases": given.cases, "length": profiled.length, "templates": TEMPLATES[: seed + 1]}
+        yield {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": hardware(),
+            "versions": versions(),
+            "data": {**data, "seeds": seed + 1},
+            "statistics": statistics,
+            "selectors": rows,
+        }
 
 
 def one_seed(
-    seed: int,
-    out: Path,
-    methods: Sequence[str],
-    domains: Sequence[str],
-    cases: int,
-    other: Work | None,
-    track: Track,
+    model: str, seed: int, given: argparse.Namespace, other: Work | None, track: Track
 ) -> tuple[Work, list[dict[str, Any]], list[dict[str, Any]]]:
     """Correlations of a fresh profile, and what every method's plans come to; `other` has the model already."""
-    recipe = load_recipe(RECIPE, [f"profile.seed={seed}", f"select.seed={seed}"])
-    work = Work(Run.create(recipe, out / f"seed-{seed}"), track)
+    recipe = load_recipe(HERE / RECIPES[model], [f"profile.seed={seed}", f"select.seed={seed}"])
+    work = Work(Run.create(recipe, given.out / model / f"seed-{seed}"), track)
     if other is not None:  # one model in memory
         work.__dict__["_loaded"] = other._loaded
     pipeline.run_stages(work, "profile")
     profile = pipeline.measured_profile(work.run)
-    plans = {(name, budget): plan_of(work, profile, name, budget, seed) for name in methods for budget in BUDGETS}
+    plans = {(name, budget): plan_of(work, profile, name, budget, seed) for name in given.methods for budget in BUDGETS}
     rows = []
-    for domain in domains:
-        judge = Judge(work, domain, seed, cases, track)
+    for domain in given.domains:
+        judge = Judge(work, domain, seed, given.cases, track)
         for (name, budget), (plan, told) in plans.items():
             rows.append({"method": name, "budget": budget, "seed": seed, **told, **judge(plan)})
     return work, correlations(profile, seed), rows
 
 
-def learning(out: Path, other: Work, track: Track) -> Profile:
+def learning(model: str, out: Path, other: Work, track: Track) -> Profile:
     """The profile of candidates that learn, after their brief attention transfer; one seed, two cases."""
-    changes = [f"profile.candidates={LEARNING}", "profile.gates=[]", "profile.needles.cases=2"]
-    work = Work(Run.create(load_recipe(RECIPE, changes), out / "learning"), track)
+    changes = [f"profile.candidates={LEARNING[model]}", "profile.gates=[]", "profile.needles.cases=2"]
+    work = Work(Run.create(load_recipe(HERE / RECIPES[model], changes), out / model / "learning"), track)
     work.__dict__["_loaded"] = other._loaded
     pipeline.run_stages(work, "profile")
     return pipeline.measured_profile(work.run)
@@ -166,42 +174,56 @@ class Judge:
         self.work, self.domain, self.track = work, domain, track
         self.template = TEMPLATES[seed % len(TEMPLATES)]
         documents = work.heldout if domain == "speeches" else read_texts(TextSource.model_validate(CODE), track=track)
-        self.task: Needles = needles(work.tokenizer, documents, self.template, cases, LENGTH, 1000 + seed)
-        self.folder = place(work) / f"{domain}-{self.template}-{cases}x{LENGTH}"
+        profiled = work.recipe.profile.needles
+        asked = NeedleSettings(cases=cases, length=profiled.length, template=self.template)
+        self.task: Cases = work.cases(asked, documents, 1000 + seed)
+        self.folder = place(work) / f"{domain}-{self.template}-{cases}x{profiled.length}"
         self.learned = work.learned
-        self.teacher: list[torch.Tensor] = []
+        self.teacher: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
     def __call__(self, chosen: Mapping[Group, Spec]) -> dict[str, Any]:
         found = stored(self.folder / f"{plan_key(chosen)}.json", lambda: self._measure(chosen))
         full = stored(self.folder / f"{plan_key({})}.json", lambda: self._measure({}))
         total = sum(site.kv_heads for site in self.work.sites)
-        teacher = {f"teacher_{name}": full[name] for name in ("exact", "digits", "perplexity")}
+        teacher = {f"teacher_{name}": full[name] for name in full if name not in ("kl", "cases")}
         return {"domain": self.domain, "template": self.template, "converted": len(chosen) / total, **found, **teacher}
 
     @torch.no_grad()
     def _measure(self, chosen: Mapping[Group, Spec]) -> dict[str, Any]:
-        work, task = self.work, self.task
+        work, count = self.work, len(self.task.ids)
         if not self.teacher:
-            self.teacher = [
-                log_probabilities(work.model, task, n)
-                for n in self.track(range(len(task.ids)), f"{self.domain}: teacher")
-            ]
-        total = {"kl": 0.0, "loss": 0.0, "exact": 0.0, "digits": 0.0}
+            self.teacher = [self._answers(n) for n in self.track(range(count), f"{self.domain}: teacher")]
         with replaced(work.model, work.sites, chosen, self.learned):
-            for n, want in enumerate(self.track(self.teacher, f"{self.domain}: {len(chosen)} groups converted")):
-                got = log_probabilities(work.model, task, n)
-                at = measured_positions(task.answer[n])
-                target = task.ids[n, at + 1].to(got.device)
-                width = task.answer.shape[1]
-                total["kl"] += kl(want, got)[:-width].mean().item()
-                loss = torch.nn.functional.nll_loss(got, target, reduction="none")
-                total["loss"] += loss[:-width].mean().item()
-                hits = (got.argmax(-1) == target)[-width:].float()
-                total["exact"] += float(hits.min())
-                total["digits"] += float(hits.mean())
-        mean = {name: value / len(task.ids) for name, value in total.items()}
-        perplexity = float(torch.tensor(mean.pop("loss")).exp())
-        return {**mean, "perplexity": perplexity, "cases": len(task.ids)}
+            cases = self.track(range(count), f"{self.domain}: {len(chosen)} groups converted")
+            rows = [self._compared(n, *self.teacher[n], *self._answers(n)) for n in cases]
+        mean = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+        if "loss" in mean:
+            mean["perplexity"] = math.exp(mean.pop("loss"))
+        return {**mean, "cases": count}
+
+    def _answers(self, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The model's log-probabilities of a case, and where it is an encoder its embedding."""
+        model = self.work.model
+        embedding = embed(model, self.task.ids[n][None])[0] if isinstance(self.task, Passages) else None
+        return self.task.log_probabilities(model, n), embedding
+
+    def _compared(
+        self, n: int, want: torch.Tensor, own: torch.Tensor | None, got: torch.Tensor, embedding: torch.Tensor | None
+    ) -> dict[str, float]:
+        """KL on the text, whether the needle was found, and what else tells of the quality."""
+        target = self.task.target(n).to(got.device)
+        width = len(target)
+        hits = (got[-width:].argmax(-1) == target).float()
+        row = {
+            "kl": kl(want, got)[:-width].mean().item(),
+            "exact": float(hits.min()),
+            "digits": float(hits.mean()),
+        }
+        if own is not None and embedding is not None:
+            return row | {"cosine": float(own @ embedding)}
+        assert isinstance(self.task, Needles)
+        following = self.task.ids[n, measured_positions(self.task.answer[n]) + 1].to(got.device)
+        return row | {"loss": torch.nn.functional.nll_loss(got[:-width], following[:-width]).item()}
 
 
 # --- what predicts damage ---------------------------------------------------------------------------------------------

@@ -1,0 +1,190 @@
+"""Encoders: rows read in both directions, nothing is cached, and damage is told by which texts are near."""
+
+import json
+
+import pytest
+import torch
+from commands import RECIPE, WORDS, attnconvert, place, save_tokenizer  # noqa: F401 – fixtures
+from models import ENCODERS, tiny
+from transformers import AutoModel, AutoModelForMaskedLM
+
+from attnconvert.convert.damage import replaced, single_damage
+from attnconvert.convert.hosts.models import find_sites, has_head, is_encoder
+from attnconvert.convert.hosts.transformers import Conversion, Unsupported, all_full
+from attnconvert.convert.passages import Passages, embed
+from attnconvert.convert.progress import silent
+from attnconvert.kernels.spec import Full, Linear, Retention, Window, label
+
+LENGTH = 48
+
+
+def ids_of(rows=2, length=LENGTH, seed=0):
+    return torch.randint(2, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def cases_of(model, cases=3):
+    return Passages(ids_of(cases), embed(model, ids_of(6, seed=1)), embed(model, ids_of(cases, 9, seed=2)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForMaskedLM])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_all_heads_full_is_the_untouched_encoder(name, auto):
+    model, ids = tiny(name, auto=auto), ids_of()
+    sites = find_sites(model, tolerance=1e-6)
+    assert [site.causal for site in sites] == [False] * 3
+    assert is_encoder(model)
+    assert has_head(model) == (auto is AutoModelForMaskedLM)
+    mask = torch.ones_like(ids)
+    mask[0, -11:] = 0
+    model.set_attn_implementation("eager")
+    want = [model(ids)[0], model(ids, attention_mask=mask)[0]]
+    conversion = Conversion(model, all_full(sites))
+    got = [model(ids)[0], model(ids, attention_mask=mask)[0]]
+    assert (got[0] - want[0]).abs().max() <= 3e-6
+    assert (got[1] - want[1])[mask.bool()].abs().max() <= 3e-6
+    conversion.remove()
+    assert torch.equal(model(ids)[0], want[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_window_reads_as_far_forwards_as_backwards(name):
+    """The same as a mask of the stock model that allows |i − j| < 5 and the first token."""
+    model, ids = tiny(name, auto=AutoModel), ids_of()
+    sites = find_sites(model)
+    at = torch.arange(LENGTH)
+    allowed = ((at[:, None] - at).abs() < 5) | (at == 0)
+    model.set_attn_implementation("eager")
+    bias = torch.zeros(2, 1, LENGTH, LENGTH).masked_fill(~allowed, -1e9)  # eager attention adds it
+    want = model(ids, attention_mask=bias)[0]
+    far = model(ids)[0]
+    conversion = Conversion(model, {s: [Window(size=5, sinks=1)] * s.kv_heads for s in sites})
+    got = model(ids)[0]
+    conversion.remove()
+    assert (got - want).abs().max() <= 1e-5
+    assert (far - want).abs().max() > 1e-2
+
+
+def test_an_encoder_takes_no_operator_that_needs_an_order():
+    model = tiny("bert", auto=AutoModel)
+    sites = find_sites(model)
+    with pytest.raises(Unsupported, match="both directions"):
+        Conversion(model, {s: [Retention()] * s.kv_heads for s in sites})
+    Conversion(model, {s: [Linear()] * s.kv_heads for s in sites}).remove()
+
+
+@torch.no_grad()
+def test_passages_of_the_teacher_lose_nothing_and_broken_attention_loses_much():
+    model = tiny("bert", auto=AutoModel)
+    sites, cases = find_sites(model), cases_of(model)
+    want = [cases.log_probabilities(model, n) for n in range(3)]
+    assert want[0].shape == (2, 7)
+    torch.testing.assert_close(want[0].exp().sum(-1), torch.ones(2))
+    assert want[0][0, -1] < -1e3, "a passage is not compared with itself"
+    narrow = {(n, g): Window(size=1, sinks=0) for n in range(3) for g in range(4)}
+    with replaced(model, sites, narrow, {}):
+        got = [cases.log_probabilities(model, n) for n in range(3)]
+    assert max((a - b).abs()[:, :-1].max() for a, b in zip(want, got, strict=True)) > 1e-3
+    assert all(torch.equal(a, cases.log_probabilities(model, n)) for n, a in enumerate(want))
+
+
+def test_the_losses_of_a_case_have_gradients_and_name_the_passage():
+    model = tiny("bert", auto=AutoModel)
+    with torch.no_grad():
+        cases = cases_of(model)
+    for name in ("text", "needle"):
+        loss = cases.loss(model, 0, name)
+        assert torch.autograd.grad(loss, next(model.parameters()), retain_graph=True)[0].any()
+    with torch.no_grad():
+        row = cases.log_probabilities(model, 0)[-1]
+    assert cases.loss(model, 0, "needle").item() == pytest.approx(-row[cases.target(0)].item(), abs=1e-5)
+
+
+@torch.no_grad()
+def test_damage_of_an_encoder_is_that_of_running_it_whole(tmp_path):
+    model = tiny("bert", auto=AutoModel)
+    sites, cases, spec = find_sites(model), cases_of(model, 2), Window(size=4, sinks=1)
+    found = single_damage(model, sites, cases, {label(spec): spec}, {}, tmp_path, silent)["damage"][label(spec)]
+    for n, g in ((0, 0), (2, 3)):
+        rises = []
+        for case in range(2):
+            want = cases.log_probabilities(model, case)
+            with replaced(model, sites, {(n, g): spec}, {}):
+                got = cases.log_probabilities(model, case)
+            kl = (want.exp() * (want - got)).sum(-1).mean()
+            rises.append((kl.item(), (want - got)[-1, -1].item()))
+        kl, needle = (sum(x) / 2 for x in zip(*rises, strict=True))
+        assert found["kl"][n][g] == pytest.approx(kl, rel=1e-3, abs=1e-7)
+        assert found["needle"][n][g] == pytest.approx(needle, rel=1e-3, abs=1e-6)
+        apart = abs(rises[0][1] - rises[1][1]) / 2
+        assert found["needle_error"][n][g] == pytest.approx(apart, rel=1e-3, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def encoder(place):  # noqa: F811 – the fixture
+    """A folder with a tiny random BERT and a recipe for it."""
+    tiny("bert", auto=AutoModel).save_pretrained(place / "bert")
+    save_tokenizer(place / "bert", 99)
+    recipe = RECIPE.replace("folder: model", "folder: bert").replace("tiny-window", "tiny-encoder")
+    recipe = recipe.replace("gates: {converted: 0.5, kv_ratio: {128: 0.9}}", "gates: {converted: 0.5}")
+    recipe = recipe.replace(
+        "needles: {cases: 2, length: 96, template: passkey}",
+        ("needles: {cases: 2, length: 48, template: passkey}\n  gates: [duo, linvideo]\n  gate_steps: 3"),
+    )
+    (place / "encoder.yaml").write_text(recipe)
+    return place
+
+
+def test_an_encoder_is_profiled_and_its_plan_selected(attnconvert, encoder):  # noqa: F811
+    run = encoder / "run-encoder"
+    done = attnconvert("profile", encoder / "encoder.yaml", "--out", run, "--json")
+    assert done.code == 0, done.err
+    profile = json.loads((run / "profile" / "profile.json").read_text())
+    assert not any(site["causal"] for site in profile["sites"])
+    assert set(profile["gates"]) == {"duo", "linvideo"}
+    damage = profile["damage"]["window-16-2"]
+    assert all(x is not None and x > -1e-6 for row in damage["kl"] for x in row)
+    done = attnconvert("select", run, "--flops", "80%@128", "--set", "select.rounds=1", "--json")
+    assert done.code == 0, done.err
+    assert "window-16-2" in (run / "plan.yaml").read_text()
+    assert "Refinement" in (run / "report.html").read_text()
+    done = attnconvert("select", run, "--prefill-ms", "90%@128")
+    assert done.code in (0, 2), done.err
+    timed = json.loads((run / "costs" / "costs.json").read_text())
+    assert {row["phase"] for row in timed["rows"]} == {"prefill"}
+
+
+def test_an_encoder_has_no_cache_to_save(attnconvert, encoder):  # noqa: F811
+    run = encoder / "run-cache"
+    assert attnconvert("profile", encoder / "encoder.yaml", "--out", run, "--quiet").code == 0
+    done = attnconvert("select", run, "--kv-bytes", "50%@128")
+    assert done.code == 2
+    assert "no cache" in done.message
+    done = attnconvert("run", encoder / "encoder.yaml", "--out", run)
+    assert done.code == 2
+    assert "is an encoder" in done.message
+
+
+def test_a_model_that_is_neither_is_refused_by_name(attnconvert, encoder):  # noqa: F811
+    folder = encoder / "seq2seq"
+    folder.mkdir()
+    for file in (encoder / "bert").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["T5ForConditionalGeneration"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    done = attnconvert("inspect", folder)
+    assert done.code == 2, done.message
+    assert "T5ForConditionalGeneration" in done.message
+
+
+def test_full_heads_of_an_encoder_stay_as_they_were():
+    model, ids = tiny("bert", auto=AutoModel), ids_of()
+    sites = find_sites(model)
+    with torch.no_grad():
+        want = model(ids)[0]
+        plan = {s: [Full()] * s.kv_heads for s in sites}
+        plan[sites[1]] = [Window(size=LENGTH, sinks=0)] * 4  # which covers everything
+        conversion = Conversion(model, plan)
+        assert (model(ids)[0] - want).abs().max() <= 1e-5
+        conversion.remove()
