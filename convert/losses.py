@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..kernels.spec import Spec, Window, label
+from ..kernels.spec import Span, Spec, Window, label
 from .budgets import Losses, Task, heads_of
 from .damage import Group, joint_loss
 from .errors import UsageError
@@ -51,7 +51,7 @@ def losses_of(task: Task) -> Losses:
     if method == "damage":
         return damage_losses(profile, task.settings)
     if method == "moa":
-        if profile.influence is not None and not any(isinstance(spec, Window) for spec in task.wanted):
+        if profile.influence is not None and not any(isinstance(spec, Window | Span) for spec in task.wanted):
             raise UsageError("method moa knows windows only: add one to profile.candidates")
         return partial(influence_loss, profile)
     tables = {"output_error": [(1.0, profile.output_error)]}
@@ -95,12 +95,13 @@ def cell(table: Any, n: int, column: int) -> float | None:
 def influence_loss(profile: Profile, group: Group, spec: Spec) -> float | None:
     """MoA (Fu et al., 2024): the summed influence of the entries that a window does not read; None for other operators.
 
-    A block that the window cuts counts by the share of it that is left out. Sinks are not known to the table.
+    A block that the window cuts counts by the share of it that is left out. Sinks are not known to the table, nor rows:
+    a window that grows counts as wide as it is in the middle of the text.
     """
     influence = profile.influence
     if influence is None:
         raise UsageError("method moa needs profile.influence, which this profile does not have: set profile.gradients")
-    if not isinstance(spec, Window):
+    if not isinstance(spec, Window | Span):
         return None
     block, site = influence["block"], profile.sites[group[0]]
     total = 0.0
@@ -109,6 +110,7 @@ def influence_loss(profile: Profile, group: Group, spec: Spec) -> float | None:
         if rows is None or None in rows:
             return None
         starts = block * np.arange(len(rows))
-        outside = np.clip((starts + block - spec.size) / block, 0, 1)
+        size = spec.width(block * len(rows) // 2) if isinstance(spec, Span) else spec.size
+        outside = np.clip((starts + block - size) / block, 0, 1)
         total += float((np.asarray(rows) * outside).sum())
     return total

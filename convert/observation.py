@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import operators, window
+from ..kernels import operators, span, window
 from ..kernels.call import Call, grouped, logits
-from ..kernels.spec import Full, Retention, Spec, Window
+from ..kernels.spec import Full, Hybrid, Retention, Span, Spec, Window
 from .hosts import models
 from .hosts.transformers import Site, SiteOperators, all_full, refusal
 from .text import Needles
@@ -255,19 +255,23 @@ def kept_mass(spec: Spec, q: Tensor, k: Tensor, v: Tensor, call: Call, sampled: 
     """Attention mass of the sampled rows on the tokens that the candidate reads by softmax, (H,); None for linear."""
     p, at = sampled.p, sampled.at
     reads: Tensor | None = None
-    if isinstance(spec, Window) or spec.operator == "hybrid":
-        near = Window(size=spec.size if isinstance(spec, Window) else spec.window, sinks=spec.sinks)
-        reads = window_reads(near, call, at, p.shape[-1])[None, None]
+    if isinstance(spec, Window | Span | Hybrid):
+        reads = window_reads(spec, call, at, p.shape[-1])[None, None]
     elif isinstance(spec, Retention):
         reads = retention_reads(spec, q, k, v, call, at).repeat_interleave(q.shape[1] // k.shape[1], 1)
     return None if reads is None else (p * reads).sum(-1).mean((0, 2))
 
 
-def window_reads(spec: Window, call: Call, at: Tensor, length: int) -> Tensor:
+def window_reads(spec: Window | Span | Hybrid, call: Call, at: Tensor, length: int) -> Tensor:
     """(R, S): whether row at[r] reads token s."""
     distance = at[:, None] - torch.arange(length, device=at.device)
     reached = distance >= 0 if call.causal else torch.ones_like(distance, dtype=torch.bool)
-    near = distance.abs() < window.width(spec, call)
+    if isinstance(spec, Span):
+        sizes = [span.width(spec, int(i) if call.causal else length, call.limit) for i in at]
+    else:
+        near_spec = spec if isinstance(spec, Window) else Window(size=spec.window, sinks=spec.sinks)
+        sizes = [window.width(near_spec, call)]
+    near = distance.abs() < torch.tensor(sizes, device=at.device)[:, None]
     return reached & (near | (torch.arange(length, device=at.device) < spec.sinks))
 
 

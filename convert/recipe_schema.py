@@ -125,7 +125,9 @@ class SelectSettings(Section):
     rounds: Whole = Field(
         default=0, description="rounds of refinement: measure the whole plan, score anew around it, solve again"
     )
-    measure_cases: Count = Field(default=4, description="calibration cases that a whole plan is measured on")
+    measure_cases: Count = Field(
+        default=4, description="calibration cases that a whole plan is measured on; an encoder needs some twenty"
+    )
     explicit: Explicit | None = Field(default=None, description='operators by layer or range of layers: {"4-7": {...}}')
     seed: Whole = Field(default=0, description="random seed of method random")
 

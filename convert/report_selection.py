@@ -216,18 +216,19 @@ def _reach(spec: Any) -> int:
 def thumbnail(label: str, spec: Any, length: int) -> Thumbnail | None:
     """None for an operator that is not known here."""
     count = length // BLOCK
-    if spec.operator not in ("full", "window", "hybrid", "linear", "retention"):
+    if spec.operator not in ("full", "window", "span", "hybrid", "linear", "retention"):
         return None
     window = {"full": length, "window": getattr(spec, "size", 0)}.get(spec.operator, getattr(spec, "window", 0))
     sinks, kept = getattr(spec, "sinks", 0), getattr(spec, "keep", 0)
-    kinds = _blocks(window, sinks, length)
+    widths = [spec.width(i) if spec.operator == "span" else window for i in range(length)]
+    kinds = _growing_blocks(widths, sinks) if spec.operator == "span" else _blocks(window, sinks, length)
     every = [(row, 0, row + 1) for row in range(count)]
     rest = (
         []
         if spec.operator not in ("hybrid", "linear")
         else _runs({(r, c) for r, a, b in every for c in range(a, b)} - set(kinds))
     )
-    pairs = sum(min(i + 1, window + sinks + kept) for i in range(length)) / (length * (length + 1) / 2)
+    pairs = sum(min(i + 1, wide + sinks + kept) for i, wide in enumerate(widths)) / (length * (length + 1) / 2)
     blocks = len(kinds) / (count * (count + 1) / 2)
     words = [f"{percent(blocks, 0)} of the blocks,", f"{percent(pairs, 0)} of the pairs"]
     if spec.operator == "linear":
@@ -258,6 +259,18 @@ def _blocks(window: int, sinks: int, length: int) -> dict[tuple[int, int], bool]
     found = list_blocks(mask, Layout(grid=(length,)), (BLOCK, BLOCK), length, False)
     places = zip(found.rows.tolist(), found.columns.tolist(), strict=True)
     return {place: kind < 0 for place, kind in zip(places, found.kinds.tolist(), strict=True)}
+
+
+def _growing_blocks(widths: Sequence[int], sinks: int) -> dict[tuple[int, int], bool]:
+    """The same of a window that is `widths[i]` at row i."""
+    found = {}
+    for row in range(len(widths) // BLOCK):
+        rows = range(row * BLOCK, (row + 1) * BLOCK)
+        lows = [i - widths[i] + 1 for i in rows]
+        for column in range(row + 1):
+            if min(lows) < (column + 1) * BLOCK or (column == 0 and sinks):
+                found[row, column] = column < row and max(lows) <= column * BLOCK
+    return found
 
 
 def _runs(places: set[tuple[int, int]]) -> list[tuple[int, int, int]]:

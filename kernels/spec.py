@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 FEATURE_MAPS = ("hedgehog",)
 BACKENDS = ("auto", "triton", "cpp", "torch")  # what may be asked for; `dispatch` chooses
 
+STEP = 64  # tokens by which a span grows at once
 Spec = Any  # one of the dataclasses below; `OPERATORS` lists them
 S = TypeVar("S")
 OPERATORS: dict[str, type] = {}
@@ -65,6 +66,37 @@ class Window:
     def __post_init__(self) -> None:
         _count("size", self.size, 1)
         _count("sinks", self.sinks, 0)
+
+
+@operator("span")
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A window that grows with the position, size + growth · i, and the first `sinks` real tokens.
+
+    It grows in steps of STEP tokens. What lies a share of the way back stays in reach at any length, where a fixed
+    window reads ever less of the text. In an encoder the window is that of the text's length, in both directions.
+
+    Source: the elastic rule α + β·N of MoA (Fu et al., 2024), made to hold row by row, so that it does not depend on
+    how the tokens arrive.
+    """
+
+    size: int = 64
+    growth: float = 0.0625
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        _count("size", self.size, 1)
+        _count("sinks", self.sinks, 0)
+        if isinstance(self.growth, bool) or not isinstance(self.growth, int | float) or not 0 < self.growth < 1:
+            raise ValueError(f"growth must be a number between 0 and 1, not {self.growth!r}")
+
+    def width(self, position: int) -> int:
+        """The window of the row at this position among the real tokens."""
+        return self.size + self.steps(position) * STEP
+
+    def steps(self, position: int) -> int:
+        """How often the window has grown until then."""
+        return int(self.growth * max(position, 0)) // STEP
 
 
 @operator("linear")

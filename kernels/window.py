@@ -97,20 +97,29 @@ def band(
     k: Tensor, v: Tensor, call: Call, state: object, size: int, sinks: int
 ) -> tuple[Tensor, Tensor, int, tuple[Tensor, Tensor, Tensor]]:
     """The ring in order, then the new tokens (B, Hk, R + Q, D); the position of its first; the sinks after them."""
-    at = sink_positions(call, k.shape[0], call.seen + k.shape[2], sinks, k.device)
     old = state if isinstance(state, WindowState) else None
-    fresh = at >= call.seen  # found among the new tokens
-    index = (at - call.seen).clamp(min=0)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-    picked = []
-    for x, before in ((k, old.k if old else None), (v, old.v if old else None)):
-        kept = torch.zeros_like(x[:, :, :1]).expand(-1, -1, sinks, -1) if before is None else before[:, :, size:]
-        picked.append(torch.where(fresh[:, None, :, None], x.gather(2, index), kept) if sinks else kept)
+    held = None if old is None else (old.k[:, :, size:], old.v[:, :, size:])
+    found = find_sinks(k, v, call, held, sinks)
     if old is None:
-        return k, v, call.seen, (picked[0], picked[1], at)
+        return k, v, call.seen, found
     count = min(call.seen, size)
     order = torch.arange(call.seen - count, call.seen, device=k.device) % size
     k, v = (torch.cat([x.index_select(2, order), new], 2) for x, new in ((old.k, k), (old.v, v)))
-    return k, v, call.seen - count, (picked[0], picked[1], at)
+    return k, v, call.seen - count, found
+
+
+def find_sinks(
+    k: Tensor, v: Tensor, call: Call, held: tuple[Tensor, Tensor] | None, sinks: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values (B, Hk, sinks, D) of the sinks, from those `held` and the new tokens, and where they stand."""
+    at = sink_positions(call, k.shape[0], call.seen + k.shape[2], sinks, k.device)
+    fresh = at >= call.seen  # found among the new tokens
+    index = (at - call.seen).clamp(min=0)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+    picked = []
+    for n, x in enumerate((k, v)):
+        kept = torch.zeros_like(x[:, :, :1]).expand(-1, -1, sinks, -1) if held is None else held[n]
+        picked.append(torch.where(fresh[:, None, :, None], x.gather(2, index), kept) if sinks else kept)
+    return picked[0], picked[1], at
 
 
 def held(k: Tensor, v: Tensor, call: Call, first: int, sinks: tuple[Tensor, Tensor, Tensor], size: int) -> WindowState:

@@ -13,15 +13,15 @@ from attnconvert.convert.hosts import models as host
 from attnconvert.convert.hosts.models import find_sites
 from attnconvert.convert.hosts.transformers import NAME, Conversion, Unsupported
 from attnconvert.kernels.full import FullState
-from attnconvert.kernels.spec import Full, Hybrid, Linear, Window
+from attnconvert.kernels.spec import Full, Hybrid, Linear, Span, Window
 
-KINDS = [Full(), Window(size=8, sinks=2), Linear(), Hybrid(window=8, sinks=2)]
+KINDS = [Full(), Window(size=8, sinks=2), Linear(), Hybrid(window=8, sinks=2), Span(size=6, growth=0.5, sinks=2)]
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def mixed(sites):
     """Every operator that a site can take, mixed inside each layer."""
-    return {s: [KINDS[(s.layer + i) % (2 if s.limit else 4)] for i in range(s.kv_heads)] for s in sites}
+    return {s: [KINDS[(2 * s.layer + i) % (2 if s.limit else len(KINDS))] for i in range(s.kv_heads)] for s in sites}
 
 
 def ids_of(batch=2, length=40, seed=3):

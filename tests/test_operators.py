@@ -10,10 +10,11 @@ from attnconvert.kernels import custom_ops, operators
 from attnconvert.kernels.call import Call, Shape, map_state, state_bytes
 from attnconvert.kernels.full import FullState
 from attnconvert.kernels.retention import RetentionState
-from attnconvert.kernels.spec import Full, Hybrid, Linear, Retention, Window, label, spec_from_dict, spec_to_dict
+from attnconvert.kernels.spec import Full, Hybrid, Linear, Retention, Span, Window, label, spec_from_dict, spec_to_dict
 
 SPECS = [Full(), Window(size=5, sinks=2), Window(size=1, sinks=0), Window(size=200, sinks=3), Linear()]
 SPECS += [Retention(window=8, keep=5, sinks=2, block=4), Retention(window=6, keep=3, sinks=0, block=1)]
+SPECS += [Span(size=5, growth=0.5, sinks=2), Span(size=2, growth=0.9, sinks=0)]
 SPECS += [Hybrid(window=6, sinks=2), Hybrid(window=3, sinks=0), Hybrid(window=150, sinks=4)]
 MORE = [Linear(), Hybrid(window=16, sinks=2), Retention(window=16, keep=5, sinks=2, block=4)]
 SHAPES = [(1, 4, 2, 1, 8), (2, 3, 1, 37, 16), (1, 2, 2, 131, 8), (1, 4, 2, 300, 8)]  # B, H, Hk, S, D
@@ -261,6 +262,7 @@ def test_state_bytes_are_what_the_cost_model_says(spec, length):
     [
         Full(),
         Window(size=16, sinks=2),
+        Span(size=16, growth=0.5, sinks=2),
         Linear(),
         Hybrid(window=16, sinks=2),
         Retention(window=16, keep=5, sinks=2, block=4),
@@ -283,6 +285,10 @@ def test_flops_of_the_cost_model_match_a_count(spec, monkeypatch):
     elif isinstance(spec, Window):
         allowed = sum(len({j for j in range(i + 1) if i - j < 16 or j < 2}) for i in range(256))
         assert cost.flops == 4 * allowed * 3 * 16
+    elif isinstance(spec, Span):
+        near = [16 + i // 2 // 64 * 64 for i in range(256)]
+        allowed = sum(len({j for j in range(i + 1) if i - j < near[i] or j < 2}) for i in range(256))
+        assert cost.flops == 4 * allowed * 3 * 16
     elif isinstance(spec, Retention):
         pairs = sum(min(i + 1, 2) + len(range(max(2, i // 4 * 4 - 12), i + 1)) for i in range(256))
         pairs += sum(min(5, max(0, i // 4 * 4 - 12 - 2)) for i in range(256))
@@ -294,10 +300,13 @@ def test_flops_of_the_cost_model_match_a_count(spec, monkeypatch):
 
 
 @pytest.mark.parametrize("length", [5, 40, 256])
-@pytest.mark.parametrize("spec", [Full(), Window(size=16, sinks=2), Window(size=3, sinks=7)], ids=label)
+@pytest.mark.parametrize(
+    "spec", [Full(), Window(size=16, sinks=2), Window(size=3, sinks=7), Span(size=3, growth=0.3, sinks=7)], ids=label
+)
 def test_flops_of_rows_that_read_both_ways_are_counted_pair_by_pair(spec, length):
     cost = operators.of(spec).prefill_cost(spec, Shape(queries=3, dim=16, causal=False), length)
     near = length if isinstance(spec, Full) else spec.size
+    near += int(0.3 * length) // 64 * 64 if isinstance(spec, Span) else 0
     sinks = 0 if isinstance(spec, Full) else spec.sinks
     pairs = sum(abs(i - j) < near or j < sinks for i in range(length) for j in range(length))
     assert cost.flops == 4 * pairs * 3 * 16

@@ -24,7 +24,7 @@ from attnconvert.convert.report_comparison import conclusions
 from attnconvert.convert.report_html import duration, number, percent, ratio, size
 from attnconvert.convert.report_selection import spearman, thumbnail
 from attnconvert.convert.runs import Run
-from attnconvert.kernels.spec import Full, Hybrid, Linear, Retention, Window
+from attnconvert.kernels.spec import Full, Hybrid, Linear, Retention, Span, Window
 
 RECIPE = """
 name: tiny
@@ -433,7 +433,14 @@ def places(runs: Any) -> set[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(
-    "spec", [Full(), Window(size=128, sinks=4), Window(size=40, sinks=0), Hybrid(window=64, sinks=4)]
+    "spec",
+    [
+        Full(),
+        Window(size=128, sinks=4),
+        Window(size=40, sinks=0),
+        Span(size=40, growth=0.4, sinks=4),
+        Hybrid(window=64, sinks=4),
+    ],
 )
 def test_a_thumbnail_has_the_blocks_of_the_mask(spec: Any) -> None:
     length, block = 512, 64
@@ -442,6 +449,8 @@ def test_a_thumbnail_has_the_blocks_of_the_mask(spec: Any) -> None:
     i = np.arange(length)
     distance = i[:, None] - i
     near = getattr(spec, "size", getattr(spec, "window", length))
+    if isinstance(spec, Span):
+        near = 40 + (0.4 * i).astype(int)[:, None] // 64 * 64
     mask = (distance >= 0) & ((distance < near) | (i < getattr(spec, "sinks", 0)))
     tiles = mask.reshape(length // block, block, length // block, block).transpose(0, 2, 1, 3)
     full, some = tiles.all((2, 3)), tiles.any((2, 3))

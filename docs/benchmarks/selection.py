@@ -26,6 +26,7 @@ from scipy.stats import spearmanr
 from attnconvert import pipeline
 from attnconvert.convert.damage import Group, kl, plan_key, replaced
 from attnconvert.convert.files import read_json, stored, write_json
+from attnconvert.convert.hosts.models import is_encoder
 from attnconvert.convert.machine import hardware, versions
 from attnconvert.convert.passages import Passages, embed
 from attnconvert.convert.profiling import Profile
@@ -147,7 +148,10 @@ def plan_of(
 ) -> tuple[dict[Group, Spec], dict[str, Any]]:
     """The plan of a method, with what it took and what it predicted; kept in the run."""
     folder = place(work)
-    settings = SelectSettings(groups=budget, seed=seed, **METHODS[name])
+    given = dict(METHODS[name])
+    if "measure_cases" in given and is_encoder(work.model):
+        given["measure_cases"] = len(work.profile_needles.ids)  # a case is one embedding: four are too few, all are cheap
+    settings = SelectSettings(groups=budget, seed=seed, **given)
     asked = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
     path = folder / f"plan-{name.replace(', ', '-').replace(' ', '-')}-{round(100 * budget)}-{asked}.json"
 
