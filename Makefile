@@ -18,7 +18,7 @@ READY := $(VENV)/.ready
 SOURCES := $(VENV)/sources
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow check format bench study gpu clean distclean
+.PHONY: help setup demo test slow check format bench study lengths gpu clean distclean
 
 help:  ## say what there is
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -48,6 +48,9 @@ bench: $(READY)  ## measure what docs/benchmarks shows
 
 study: $(READY)  ## measure every way of choosing what to replace (docs/selection.md); over an hour
 	$(BIN)/python docs/benchmarks/selection.py $(ARGS)
+
+lengths: $(READY)  ## measure what a plan loses with each operator at longer texts; a quarter of an hour
+	$(BIN)/python docs/benchmarks/lengths.py $(ARGS)
 
 # Where PYTHON is named it needs no more than torch with Triton: nothing is set up, the package comes from here.
 gpu:  ## check and measure the kernels on the GPU, in under 10 minutes

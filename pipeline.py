@@ -22,6 +22,7 @@ from .convert.hosts.transformers import all_full
 from .convert.keys import STAGES
 from .convert.machine import hardware
 from .convert.observation import Table
+from .convert.passages import Passages
 from .convert.plan import Plan, read_plan, write_plan
 from .convert.profiling import Profile, profile
 from .convert.progress import Track, silent
@@ -30,10 +31,10 @@ from .convert.refinement import refine
 from .convert.report import write_report
 from .convert.selection import Selection, require_profile, select
 from .convert.sources import Document, fetch_model, load_model, refuse_overlap
-from .convert.text import sequences
+from .convert.text import Needles
 from .distill.gates import learn_gates
 from .distill.loop import distill
-from .distill.samples import prompts, read_samples, sample
+from .distill.samples import keep_texts, prompts, read_samples, sample
 from .distill.work import COSTS, STUDENT, Work, identity
 from .kernels.spec import Spec
 
@@ -155,8 +156,11 @@ def choose(
 def sample_stage(work: Work) -> None:
     """samples/shard-….parquet"""
     settings = work.recipe.sample
-    work.require_generation("sample")
     with work.run.stage("sample") as folder:
+        if is_encoder(work.model):
+            texts = work.sequences(work.calibration, settings.sequences, settings.length, settings.seed)
+            keep_texts(texts, settings, folder)
+            return
         starts = prompts(work.tokenizer, work.calibration, settings)
         sample(work.model, work.sites, starts, settings, folder, work.track)
 
@@ -184,7 +188,7 @@ def evaluate_stage(work: Work) -> None:
 def _evaluate(work: Work, arms: Sequence[str], load: Callable[[str], Any], kept: Path | None) -> dict[str, Any]:
     settings = work.recipe.evaluate
     refuse_overlap(work.calibration, work.heldout)
-    task = work.needles(settings.needles, work.heldout, settings.seed)
+    task = work.cases(settings.needles, work.heldout, settings.seed)
     lengths = sorted(
         {*settings.lengths, *(settings.speed.lengths if settings.speed else ()), *work.recipe.gates.kv_ratio}
     )
@@ -193,36 +197,43 @@ def _evaluate(work: Work, arms: Sequence[str], load: Callable[[str], Any], kept:
     def once(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return dict(measure() if kept is None else stored(kept / f"{name}.json", measure))
 
+    def retrieved(model: Any, title: str) -> dict[str, float]:
+        if isinstance(task, Passages):
+            return evaluation.search(model, task, work.track, title)
+        assert isinstance(task, Needles)
+        return evaluation.retrieval(model, task, settings.batch, work.track, title)
+
     def measure_teacher() -> dict[str, Any]:
-        found = evaluation.retrieval(work.model, task, settings.batch, work.track, "teacher: retrieval")
-        return {"retrieval": found, "quality": {}}
+        return {"retrieval": retrieved(work.model, "teacher: retrieval"), "quality": {}}
 
     def measure(arm: str) -> dict[str, Any]:
         student = load(arm)
         quality = {}
         for length in settings.lengths:
-            ids = sequences(work.tokenizer, work.heldout, settings.sequences, length, settings.seed)
+            ids = work.sequences(work.heldout, settings.sequences, length, settings.seed)
+            judge = evaluation.encoding if isinstance(task, Passages) else evaluation.quality
             title = f"{arm}: quality at {length}"
-            quality[str(length)] = evaluation.quality(work.model, student, ids, settings.batch, work.track, title)
-        found = evaluation.retrieval(student, task, settings.batch, work.track, f"{arm}: retrieval")
-        return {"quality": quality, "retrieval": found}
+            quality[str(length)] = judge(work.model, student, ids, settings.batch, work.track, title)
+        return {"quality": quality, "retrieval": retrieved(student, f"{arm}: retrieval")}
 
     plans = work.plans()
     teacher = once("teacher", measure_teacher)
     full = all_full(work.sites)
     dense = {n: evaluation.costs(full, n, element) for n in lengths}
-    teacher["kv_bytes"] = {str(n): dense[n]["kv_bytes"] for n in lengths}
+    cached = [n for n in lengths if dense[n]["kv_bytes"]]  # an encoder has none
+    teacher["kv_bytes"] = {str(n): dense[n]["kv_bytes"] for n in cached}
     result: dict[str, Any] = {}
     for arm in arms:
         plan = plans[arm].for_sites(work.sites)
         costs = {n: evaluation.costs(plan, n, element) for n in lengths}
         entry = once(f"arm-{arm}", lambda arm=arm: measure(arm))  # type: ignore[misc]
         for length, quality in entry["quality"].items():
-            teacher["quality"][length] = {"perplexity": quality["teacher_perplexity"]}
+            if "teacher_perplexity" in quality:
+                teacher["quality"][length] = {"perplexity": quality["teacher_perplexity"]}
         result[arm] = entry | {
             "retrieval_drop": teacher["retrieval"]["exact"] - entry["retrieval"]["exact"],
-            "kv_bytes": {str(n): costs[n]["kv_bytes"] for n in lengths},
-            "kv_ratio": {str(n): costs[n]["kv_bytes"] / dense[n]["kv_bytes"] for n in lengths},
+            "kv_bytes": {str(n): costs[n]["kv_bytes"] for n in cached},
+            "kv_ratio": {str(n): costs[n]["kv_bytes"] / dense[n]["kv_bytes"] for n in cached},
             "flops_ratio": {str(n): costs[n]["flops"] / dense[n]["flops"] for n in lengths},
             "converted": plans[arm].converted,
             "operators": plans[arm].counts(),
@@ -275,7 +286,6 @@ def run_stages(work: Work, until: str = "export") -> list[str]:
     ran = []
     stages = STAGES[: STAGES.index(until) + 1]
     if "evaluate" in stages and not work.run.is_done("evaluate"):
-        work.require_generation("sampling, which comes next,")
         work.check_heldout()
     for stage in stages:
         if work.run.is_done(stage):
@@ -336,8 +346,8 @@ def evaluation_of(run: Run) -> dict[str, Any]:
     path = run.folder("evaluate") / EVALUATION
     document: dict[str, Any] = read_json(path)
     unknown = [n for n in run.recipe.gates.kv_ratio if str(n) not in document["arms"][STUDENT]["kv_ratio"]]
-    if unknown:
-        sites = measured_profile(run).sites
+    sites = measured_profile(run).sites if unknown else ()
+    if any(site.causal for site in sites):
         plan = read_plan(run.plan).for_sites(sites)
         full = all_full(sites)
         element = 4 if run.recipe.model.dtype == "float32" else 2

@@ -11,6 +11,7 @@ import yaml
 from ..kernels.spec import OPERATORS, Spec, label, spec_to_dict
 from .artefacts import dig
 from .recipe import dump_recipe
+from .report_comparison import encodes
 from .report_html import NONE, duration, number, percent, ratio, size, tokens
 
 if TYPE_CHECKING:
@@ -22,32 +23,39 @@ LOAD = """\
 With `trust_remote_code=True` nothing but transformers is needed: the operators' code lies beside the weights.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
 folder = "path/to/this/folder"
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+model = {auto}.from_pretrained(folder, trust_remote_code=True)
 
-inputs = tokenizer("The state of the union is", return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=64)
-print(tokenizer.decode(output[0], skip_special_tokens=True))
+{use}
 ```
 
 Where code from a model folder is not to be run, `pip install attnconvert` and import it first:
 
 ```python
 import attnconvert
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {auto}.from_pretrained("path/to/this/folder")
 ```
+"""
+GENERATE = """\
+inputs = tokenizer("The state of the union is", return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(output[0], skip_special_tokens=True))"""
+ENCODE = """\
+inputs = tokenizer(["The state of the union is strong.", "A second text."], padding=True, return_tensors="pt")
+output = model(**inputs)"""
+CACHE = """\
+- The cache cannot take tokens back (`crop`), so assisted decoding and prompt lookup raise an error.
+- There is no static cache and no offloaded cache: the states are small and grow or stay as they are.
 """
 LIMITS = """\
 ## Limits
 
-- The cache cannot take tokens back (`crop`), so assisted decoding and prompt lookup raise an error.
-- There is no static cache and no offloaded cache: the states are small and grow or stay as they are.
-- Packed sequences and custom attention masks raise an error: pad the batch instead.
+{cache}- Packed sequences and custom attention masks raise an error: pad the batch instead.
 - Attention dropout is not applied; it matters only where the model is trained on.
 - A converted group sees what its operator keeps. What was not measured above, such as longer contexts or other
   languages, may have suffered more.
@@ -63,13 +71,17 @@ def model_card(
         manifest: of the run; base_class: the stock class, such as LlamaForCausalLM; evaluation: evaluation.json, or
             None if the export came first.
     """
+    from .hosts.registration import auto_class
+
+    auto = auto_class(base_class) or "AutoModelForCausalLM"
+    generates = auto == "AutoModelForCausalLM"
     parts = [
-        _front_matter(recipe, evaluation),
+        _front_matter(recipe, auto, evaluation),
         _what(recipe, manifest, base_class, evaluation),
-        LOAD,
+        LOAD.format(auto=auto, use=GENERATE if generates else ENCODE),
         _measured(evaluation),
         _gates(evaluation),
-        LIMITS,
+        LIMITS.format(cache=CACHE if generates else ""),
         _made(recipe, manifest),
     ]
     return "\n".join(part for part in parts if part)
@@ -102,13 +114,15 @@ def _quality(arms: Sequence[str], found: Mapping[str, Any]) -> Iterator[list[str
     for length in _lengths(found, "quality"):
         cells = [dig(found[arm], "quality", length, default={}) for arm in arms]
         yield [f"KL @ {tokens(length)}", *(number(cell.get("kl")) for cell in cells)]
+        yield [f"cosine @ {tokens(length)}", *(number(cell.get("cosine"), 4) for cell in cells)]
         yield [
             f"perplexity @ {tokens(length)}",
             *(_beside(number(cell.get("perplexity"), 4), cell.get("perplexity_ratio")) for cell in cells),
         ]
     at = next((entry["retrieval"]["length"] for entry in found.values() if dig(entry, "retrieval", "length")), None)
     if at:
-        yield [f"needles @ {tokens(at)}", *(percent(dig(found[arm], "retrieval", "exact")) for arm in arms)]
+        name = "facts found" if encodes(found) else "needles"
+        yield [f"{name} @ {tokens(at)}", *(percent(dig(found[arm], "retrieval", "exact")) for arm in arms)]
         yield [f"answer digits @ {tokens(at)}", *(percent(dig(found[arm], "retrieval", "digits")) for arm in arms)]
 
 
@@ -156,13 +170,20 @@ def circumstances(evaluation: Mapping[str, Any]) -> str:
 # --- sections ---------------------------------------------------------------------------------------------------------
 
 
-def _front_matter(recipe: Recipe, evaluation: Mapping[str, Any] | None) -> str:
+PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModel": "feature-extraction",
+}
+
+
+def _front_matter(recipe: Recipe, auto: str, evaluation: Mapping[str, Any] | None) -> str:
     operators = {name.partition("-")[0] for name in dig(evaluation, "arms", "student", "operators", default={})}
     words = {"window": "sliding-window", "linear": "linear-attention", "hybrid": "hybrid-attention"}
     head: dict[str, Any] = {"base_model": recipe.model.hub} if recipe.model.hub else {}
     head |= {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": PIPELINES[auto],
         "tags": ["attnconvert", *(words.get(name, name) for name in sorted(operators - {"full"}))],
     }
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
@@ -215,8 +236,9 @@ def _measured(evaluation: Mapping[str, Any] | None) -> str:
     lines += [
         "",
         f"teacher: the original model; student: this checkpoint{told}. `@` is the context length in tokens. KL is from "
-        "the teacher, in nats per token; needles are facts hidden in text and asked for at its end, counted if exact; "
-        "KV cache and FLOPs are by the cost model, times are medians of interleaved repeats.",
+        "the teacher, in nats per token; needles are facts hidden in text and asked for at its end, counted if exact "
+        "(of an encoder: facts whose passage a search puts first); KV cache and FLOPs are by the cost model, times are "
+        "medians of interleaved repeats.",
         "",
         f"Measured on {circumstances(evaluation)}.",
         "",

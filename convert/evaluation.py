@@ -23,6 +23,7 @@ from ..kernels.spec import Full, Spec, Window
 from .damage import kl
 from .hosts import models
 from .hosts.transformers import OperatorLayer, Site
+from .passages import Passages
 from .text import Needles
 
 if TYPE_CHECKING:
@@ -54,6 +55,40 @@ def quality(teacher: Any, student: Any, ids: Tensor, batch: int, track: Track, t
         "teacher_perplexity": ppl["teacher"],
         "perplexity_ratio": ppl["student"] / ppl["teacher"],
     }
+
+
+@torch.no_grad()
+def encoding(teacher: Any, student: Any, ids: Tensor, batch: int, track: Track, title: str) -> dict[str, float]:
+    """How near an encoder's answers are to the teacher's on ids (n, S).
+
+    `cosine` is the mean similarity of sentence embeddings, `cosine_least` the lowest, `error` the squared error of the
+    last hidden states over their square; with a head `kl`, of the tokens, in nats per token.
+    """
+    cosines: list[float] = []
+    total = {"error": 0.0, "square": 0.0, "kl": 0.0}
+    for rows in track(ids.split(batch), title):
+        rows = rows.to(teacher.device)
+        want, got = (models.trunk(model)(rows).last_hidden_state.float() for model in (teacher, student))
+        cosines += F.cosine_similarity(want.mean(1), got.mean(1)).tolist()
+        total["error"] += (got - want).square().sum().item()
+        total["square"] += want.square().sum().item()
+        if models.has_head(teacher):
+            p, q = (model(rows).logits.float().log_softmax(-1) for model in (teacher, student))
+            total["kl"] += kl(p, q).sum().item()
+    found = {
+        "cosine": statistics.fmean(cosines),
+        "cosine_least": min(cosines),
+        "error": total["error"] / total["square"],
+    }
+    return found | ({"kl": total["kl"] / ids.numel()} if models.has_head(teacher) else {})
+
+
+@torch.no_grad()
+def search(model: Any, passages: Passages, track: Track, title: str) -> dict[str, float]:
+    """Share of facts that find their passage first, among the bank's."""
+    cases = track(range(len(passages.ids)), title)
+    hits = [passages.log_probabilities(model, n)[-1].argmax().item() == passages.target(n).item() for n in cases]
+    return {"exact": statistics.fmean(hits), "cases": len(hits), "length": passages.ids.shape[1]}
 
 
 @torch.no_grad()
@@ -107,40 +142,43 @@ def speed(
     teacher: Any, student: Any, lengths: Sequence[int], repeats: int, decode_tokens: int, track: Track
 ) -> dict[str, Any]:
     """Prefill seconds and milliseconds per decoded token at each length, batch 1: medians of interleaved repeats."""
-    models = {"teacher": teacher, "student": student}
+    both = {"teacher": teacher, "student": student}
+    decode_tokens = 0 if models.is_encoder(teacher) else decode_tokens
     jobs = [(length, repeat) for length in sorted(lengths) for repeat in range(repeats)]
     times: dict[tuple[int, str], list[tuple[float, float]]] = {}
     held: dict[tuple[int, str], int] = {}
-    for model in models.values():  # first calls allocate and choose kernels
+    for model in both.values():  # first calls allocate and choose kernels
         _time_once(model, 256, 2)
     for length, repeat in track(jobs, "speed"):
-        order = list(models) if repeat % 2 == 0 else list(models)[::-1]
+        order = list(both) if repeat % 2 == 0 else list(both)[::-1]
         for name in order:
-            prefill, decode, held[length, name] = _time_once(models[name], length, decode_tokens)
+            prefill, decode, held[length, name] = _time_once(both[name], length, decode_tokens)
             times.setdefault((length, name), []).append((prefill, decode))
     result: dict[str, Any] = {}
     for length in sorted(lengths):
         entry: dict[str, Any] = {"repeats": repeats}
-        for name in models:
+        for name in both:
             prefills, decodes = zip(*times[length, name], strict=True)
-            entry[name] = {
-                "prefill_s": statistics.median(prefills),
-                "decode_ms": statistics.median(decodes) * 1e3,
-                "kv_bytes": held[length, name],
-            }
+            entry[name] = {"prefill_s": statistics.median(prefills)}
+            if not models.is_encoder(teacher):
+                entry[name] |= {"decode_ms": statistics.median(decodes) * 1e3, "kv_bytes": held[length, name]}
         entry["prefill_speedup"] = entry["teacher"]["prefill_s"] / entry["student"]["prefill_s"]
         if decode_tokens:
             entry["decode_speedup"] = entry["teacher"]["decode_ms"] / entry["student"]["decode_ms"]
-        entry["kv_ratio"] = entry["student"]["kv_bytes"] / entry["teacher"]["kv_bytes"]
+        if not models.is_encoder(teacher):
+            entry["kv_ratio"] = entry["student"]["kv_bytes"] / entry["teacher"]["kv_bytes"]
         result[str(length)] = entry
     return result
 
 
 def _time_once(model: Any, length: int, decode_tokens: int) -> tuple[float, float, int]:
-    """Seconds of a prefill, seconds per decoded token, bytes of the cache after the prefill."""
+    """Seconds of a prefill, seconds per decoded token, bytes of the cache after it; encoders have the first."""
     gc.collect()
     ids = torch.arange(length, device=model.device)[None] * 7919 % model.config.get_text_config().vocab_size
     start = _now(model)
+    if models.is_encoder(model):
+        models.trunk(model)(ids)
+        return _now(model) - start, 0.0, 0
     out = model(ids, use_cache=True, **models.last_logits(model))
     prefill = _now(model) - start
     held = cache_bytes(out.past_key_values)
@@ -170,14 +208,16 @@ def check_gates(gates: Gates, evaluation: Mapping[str, Any]) -> list[dict[str, A
         rows.append((name, limit, value, value is not None and value >= limit))
 
     for length, limit in gates.kl.items():
-        most(f"kl@{length}", limit, student["quality"][str(length)]["kl"])
+        most(f"kl@{length}", limit, student["quality"][str(length)].get("kl"))
     for length, limit in gates.perplexity_ratio.items():
-        most(f"perplexity_ratio@{length}", limit, student["quality"][str(length)]["perplexity_ratio"])
+        most(f"perplexity_ratio@{length}", limit, student["quality"][str(length)].get("perplexity_ratio"))
+    for length, limit in gates.cosine.items():
+        least(f"cosine@{length}", limit, student["quality"][str(length)].get("cosine"))
     if gates.retrieval_drop is not None:
         most("retrieval_drop", gates.retrieval_drop, student["retrieval_drop"])
     for length, limit in gates.kv_ratio.items():
         counted = evaluation["speed"].get(str(length), {}).get("kv_ratio")  # measured where a cache of this length was
-        most(f"kv_ratio@{length}", limit, student["kv_ratio"][str(length)] if counted is None else counted)
+        most(f"kv_ratio@{length}", limit, student["kv_ratio"].get(str(length)) if counted is None else counted)
     for length, limit in gates.prefill_speedup.items():
         least(f"prefill_speedup@{length}", limit, evaluation["speed"][str(length)]["prefill_speedup"])
     if gates.converted is not None:

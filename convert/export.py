@@ -26,6 +26,8 @@ from .. import __version__
 from ..kernels.spec import Spec
 from .errors import AttnConvertError
 from .files import read_json, sha256_file, write_json, write_text
+from .hosts.models import is_encoder
+from .hosts.registration import auto_class
 from .hosts.transformers import NAME, Site, SiteOperators, plan_block
 from .runs import DONE, KEY
 
@@ -82,14 +84,28 @@ def export(
     config[NAME] = {"version": __version__, **plan_block(base.__name__, plan)}
     config["auto_map"] = {
         "AutoConfig": f"configuration_{NAME}.{converted_config}",
-        "AutoModelForCausalLM": f"modeling_{NAME}.{converted}",
+        _auto(base.__name__): f"modeling_{NAME}.{converted}",
     }
     write_json(folder / "config.json", config)
+    _keep_pooling(Path(str(student.config._name_or_path)), folder)
     _write_runtime(folder, base)
     write_text(folder / "README.md", card)
     own = ("SHA256SUMS", KEY, DONE)  # not of the checkpoint: these say how far the stage is
     sums = [f"{sha256_file(p)}  {p.name}" for p in sorted(folder.iterdir()) if p.is_file() and p.name not in own]
     write_text(folder / "SHA256SUMS", "\n".join(sums) + "\n")
+
+
+def _auto(base: str) -> str:
+    return auto_class(base) or "AutoModelForCausalLM"
+
+
+def _keep_pooling(source: Path, folder: Path) -> None:
+    """What makes a folder a sentence-transformers model: without it an encoder would lose how it pools its tokens."""
+    for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
+        if (source / name).is_file():
+            write_text(folder / name, (source / name).read_text(encoding="utf-8"))
+    for module in sorted(source.glob("[0-9]_*/config.json")):
+        write_text(folder / module.parent.name / "config.json", module.read_text(encoding="utf-8"))
 
 
 def _write_runtime(folder: Path, base: type) -> None:
@@ -150,13 +166,20 @@ if trust:
     sys.modules["attnconvert"] = None  # as if it were not installed
 else:
     import attnconvert
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust).eval().to(device)
+from transformers import {auto}, AutoTokenizer, GenerationConfig
+model = {auto}.from_pretrained(folder, trust_remote_code=trust).eval().to(device)
 AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
 ids = load_file(where + "/expected.safetensors")["ids"].to(device)
 {probe}
 save_file({key: value.cpu() for key, value in results.items()}, where + "/found.safetensors")
 print(json.dumps({"class": type(model).__name__, "attention": model.config._attn_implementation}))
+"""
+ENCODE = """
+with torch.no_grad():
+    mask = torch.ones_like(ids).repeat(2, 1)
+    mask[0, -5:] = 0  # one row of the batch has padding behind it
+    results = {"uncached": model(ids)[0], "continued": model(ids.repeat(2, 1), attention_mask=mask)[0]}
+    results["generated"] = results["uncached"].argmax(-1)
 """
 PROBE = """
 with torch.no_grad():
@@ -178,7 +201,8 @@ def verify(student: Any, folder: Path) -> dict[str, Any]:
     """Load the folder in two clean processes, by remote code and by `import attnconvert`, and compare with the student.
 
     Compared are logits without a cache, logits of a second chunk with one, and greedy tokens of a left-padded batch,
-    all longer than the plan's windows where the model allows it.
+    all longer than the plan's windows where the model allows it. Of an encoder: its output, alone and in a batch whose
+    other row is padded.
 
     Raises:
         VerificationFailed: it does not load, or logits or tokens differ.
@@ -188,13 +212,15 @@ def verify(student: Any, folder: Path) -> dict[str, Any]:
     length = min(max(300, 2 * max(windows, default=0) + 100), config.max_position_embeddings - 16)
     ids = (torch.arange(1, length + 1)[None] * 7919 % config.vocab_size).to(student.device)
     names: dict[str, Any] = {"torch": torch, "model": student, "ids": ids, "GenerationConfig": GenerationConfig}
-    exec(PROBE, names)  # the same lines as in the clean process
+    probe = ENCODE if is_encoder(student) else PROBE
+    exec(probe, names)  # the same lines as in the clean process
     here: dict[str, torch.Tensor] = {key: value.cpu() for key, value in names["results"].items()}
     result: dict[str, Any] = {}
     for way in ("remote", "installed"):
         with tempfile.TemporaryDirectory() as where:
             save_file({"ids": ids.cpu()}, f"{where}/expected.safetensors")
-            found = _load_elsewhere(folder, where, way, str(student.device))
+            check = CHECK.replace("{probe}", probe).replace("{auto}", _auto(_base(student)))
+            found = _load_elsewhere(check, folder, where, way, str(student.device))
             there = load_file(f"{where}/found.safetensors")
         errors = [_relative_error(there[key], here[key]) for key in ("uncached", "continued")]
         same = torch.equal(there["generated"], here["generated"])
@@ -216,10 +242,16 @@ def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
 
 
-def _load_elsewhere(folder: Path, where: str, way: str, device: str) -> dict[str, Any]:
+def _base(student: Any) -> str:
+    """The stock class of a student, or of a checkpoint of ours."""
+    block = getattr(student.config, NAME, None) or {}
+    return str(block.get("base") or type(student).__name__)
+
+
+def _load_elsewhere(check: str, folder: Path, where: str, way: str, device: str) -> dict[str, Any]:
     environment = os.environ | {"HF_MODULES_CACHE": f"{where}/modules", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", CHECK.replace("{probe}", PROBE), str(folder.resolve()), where, way, device],
+        [sys.executable, "-c", check, str(folder.resolve()), where, way, device],
         capture_output=True,
         text=True,
         env=environment,

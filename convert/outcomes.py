@@ -9,6 +9,7 @@ from rich.text import Text
 
 from . import tables
 from .artefacts import read_artefacts
+from .files import read_json
 from .inspection import describe_plan
 from .report import REPORT
 from .runs import Run
@@ -62,7 +63,8 @@ def places(run: Run) -> Text:
         pairs.append(("plan", run.plan))
     if run.is_done("export"):
         folder = run.folder("export")
-        load = f'AutoModelForCausalLM.from_pretrained("{folder}"'
+        auto = next(name for name in read_json(folder / "config.json")["auto_map"] if name != "AutoConfig")
+        load = f'{auto}.from_pretrained("{folder}"'
         pairs += [
             ("checkpoint", folder),
             ("load it", f"{load}, trust_remote_code=True)"),

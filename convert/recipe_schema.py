@@ -195,7 +195,7 @@ class Arm(Section):
 
 
 class SampleSettings(Section):
-    """Sequences that the teacher generates for distillation."""
+    """Sequences that the teacher generates for distillation; an encoder, which cannot, takes calibration text."""
 
     sequences: Count = Field(default=32, description="number of sequences")
     length: Length = Field(default=1024, description="tokens per sequence, prompt included")
@@ -276,6 +276,9 @@ class Gates(Section):
 
     kl: AtLength = Field(default={}, description="highest KL to the teacher in nats per token, by length")
     perplexity_ratio: AtLength = Field(default={}, description="highest perplexity over the teacher's, by length")
+    cosine: AtLength = Field(
+        default={}, description="least mean cosine similarity of an encoder's embeddings to the teacher's, by length"
+    )
     retrieval_drop: Share | None = Field(
         default=None, description="largest loss of exact needle answers, as a share of cases"
     )
@@ -357,6 +360,7 @@ def _ungated(gates: Gates, evaluate: EvaluateSettings) -> Iterator[Conflict]:
     checks = (
         ("kl", gates.kl, evaluate.lengths, "evaluate.lengths"),
         ("perplexity_ratio", gates.perplexity_ratio, evaluate.lengths, "evaluate.lengths"),
+        ("cosine", gates.cosine, evaluate.lengths, "evaluate.lengths"),
         ("prefill_speedup", gates.prefill_speedup, speed, "evaluate.speed.lengths"),
     )
     for name, bounds, measured, source in checks:

@@ -147,8 +147,13 @@ def _losses(evaluation: Mapping[str, Any], student: Mapping[str, Any]) -> list[s
         teacher = found.get("teacher_perplexity") or dig(evaluation, "arms", "teacher", "quality", length, "perplexity")
         change = f"{number(teacher, 4)} → {number(found.get('perplexity'), 4)}" if teacher else ""
         where = f"at {tokens(length)} tokens"
-        tiles.append(tile("KL to the teacher", number(found.get("kl")), "nats per token", where))
-        tiles.append(tile("Perplexity", ratio(found.get("perplexity_ratio")), change, where))
+        if "cosine" in found:
+            least = f"the lowest {number(found.get('cosine_least'))}"
+            tiles.append(tile("Cosine to the teacher", number(found["cosine"], 4), least, where))
+        if "kl" in found:
+            tiles.append(tile("KL to the teacher", number(found["kl"]), "nats per token", where))
+        if "perplexity_ratio" in found:
+            tiles.append(tile("Perplexity", ratio(found["perplexity_ratio"]), change, where))
     exact = dig(student, "retrieval", "exact")
     if exact is not None:
         before = dig(evaluation, "arms", "teacher", "retrieval", "exact")
@@ -177,7 +182,7 @@ def _gates(gates: list[Mapping[str, Any]]) -> str:
 
 
 def _gate_bound(gate: Mapping[str, Any]) -> str:
-    least = any(word in gate["name"] for word in ("speedup", "converted"))
+    least = any(word in gate["name"] for word in ("speedup", "converted", "cosine"))
     return f"{'at least' if least else 'at most'} {gate['limit']:g}"
 
 
@@ -192,6 +197,7 @@ def _gate_name(name: str) -> str:
     words = {
         "kl": "KL to the teacher",
         "perplexity_ratio": "perplexity over the teacher's",
+        "cosine": "cosine similarity to the teacher's embeddings",
         "retrieval_drop": "drop of exact retrieval",
         "kv_ratio": "KV cache over the teacher's",
         "prefill_speedup": "prefill speed-up",

@@ -59,6 +59,8 @@ def _quality_rows(found: Mapping[str, Any]) -> list[list[str]]:
     for length in lengths:
         cells = {arm: dig(entry, "quality", length, default={}) for arm, entry in found.items()}
         rows.append([f"KL to the teacher, {tokens(length)} tokens", *(number(cells[arm].get("kl")) for arm in found)])
+        for field, words in (("cosine", "cosine to the teacher's"), ("cosine_least", "the lowest of them")):
+            rows.append([f"{words}, {tokens(length)} tokens", *(number(cells[arm].get(field), 4) for arm in found)])
         row = [f"perplexity, {tokens(length)} tokens"]
         for arm in found:
             shown = number(cells[arm].get("perplexity"), 4)
@@ -74,14 +76,20 @@ def _retrieval_rows(found: Mapping[str, Any]) -> list[list[str]]:
     cases = next((dig(entry, "retrieval", "cases") for entry in found.values() if "retrieval" in entry), None)
     where = f", {tokens(length)} tokens, {number(cases)} cases" if length else ""
     drops = [dig(found[arm], "retrieval_drop") for arm in found]
+    name = "facts found first" if encodes(found) else "exact answers"
     return [
-        [f"exact answers{where}", *(percent(dig(found[arm], "retrieval", "exact")) for arm in found)],
+        [f"{name}{where}", *(percent(dig(found[arm], "retrieval", "exact")) for arm in found)],
         ["single answer tokens", *(percent(dig(found[arm], "retrieval", "digits")) for arm in found)],
         [
             "lost against the teacher",
             *(NONE if d is None else f"{100 * d:.1f} points".replace("-", "\u2212") for d in drops),
         ],
     ]
+
+
+def encodes(arms: Mapping[str, Any]) -> bool:
+    """Whether the arms are of an encoder."""
+    return any("cosine" in found for entry in arms.values() for found in dig(entry, "quality", default={}).values())
 
 
 def _cost_rows(found: Mapping[str, Any]) -> list[list[str]]:
@@ -178,7 +186,11 @@ def _compare(student: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple
     if shared:
         length = max(shared, key=int)
         at = f" at {tokens(length)} tokens"
-        for field, what, least, show in (("kl", "KL", 0.05, number), ("perplexity_ratio", "perplexity", 0.003, ratio)):
+        for field, what, least, show in (
+            ("kl", "KL", 0.05, number),
+            ("perplexity_ratio", "perplexity", 0.003, ratio),
+            ("error", "error of hidden states", 0.05, number),
+        ):
             ours, theirs = (dig(arm, "quality", length, field) for arm in (student, other))
             if ours is not None and theirs is not None:
                 clear = abs(ours - theirs) > least * max(ours, theirs)
@@ -208,16 +220,22 @@ def _and(words: Sequence[str]) -> str:
 
 
 def loss_points(evaluation: Mapping[str, Any]) -> tuple[dict[str, tuple[float, float]], str, str]:
-    """(KV bytes as a share of the teacher's, KL) of every arm, at the longest length of all, and the axes' names."""
+    """(KV bytes as a share of the teacher's, KL) of every arm, at the longest length of all, and the axes' names.
+
+    Of an encoder (attention FLOPs, error of the hidden states).
+    """
     arms = {name: entry for name, entry in dig(evaluation, "arms", default={}).items() if name != "teacher"}
     qualities = [set(dig(entry, "quality", default={})) for entry in arms.values()]
-    sizes = [set(dig(entry, "kv_ratio", default={})) for entry in arms.values()]
+    cost, loss = ("flops_ratio", "error") if encodes(arms) else ("kv_ratio", "kl")
+    sizes = [set(dig(entry, cost, default={})) for entry in arms.values()]
     if not arms or not set.intersection(*qualities) or not set.intersection(*sizes):
         return {}, "", ""
     length, held = (max(set.intersection(*sets), key=int) for sets in (qualities, sizes))
-    points = {name: (dig(entry, "kv_ratio", held), dig(entry, "quality", length, "kl")) for name, entry in arms.items()}
+    points = {name: (dig(entry, cost, held), dig(entry, "quality", length, loss)) for name, entry in arms.items()}
     known = {name: (float(x), float(y)) for name, (x, y) in points.items() if x is not None and y is not None}
-    return known, f"KV cache at {tokens(held)} tokens, share of the teacher's", f"KL at {tokens(length)} tokens, nats"
+    words = ("attention FLOPs", "error of hidden states", "") if encodes(arms) else ("KV cache", "KL", ", nats")
+    x = f"{words[0]} at {tokens(held)} tokens, share of the teacher's"
+    return known, x, f"{words[1]} at {tokens(length)} tokens{words[2]}"
 
 
 def speed_series(evaluation: Mapping[str, Any]) -> dict[str, dict[int, float]]:

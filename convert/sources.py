@@ -251,21 +251,18 @@ def _auto_class(files: ModelFiles, source: ModelSource) -> Any:
     Raises:
         UsageError: it is something else.
     """
+    from .hosts.registration import auto_class
+
     transformers = importlib.import_module("transformers")
-    auto = importlib.import_module("transformers.models.auto.modeling_auto")
     if files.gguf:
         return transformers.AutoModelForCausalLM
     config = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
-    name = next(iter(config.get("architectures") or ()), None)
-    if name is None or source.trust_remote_code or name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    own = config.get("attnconvert") or {}  # a checkpoint of ours says what is beneath
+    name = own.get("base") or next(iter(config.get("architectures") or ()), None)
+    if name is None or source.trust_remote_code:
         return transformers.AutoModelForCausalLM
-    if name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
-        return transformers.AutoModelForMaskedLM
-    kinds = [kind for kind, bare in auto.MODEL_MAPPING_NAMES.items() if bare == name]
-    if set(kinds) & set(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES):
-        return transformers.AutoModel
-    if kinds:
-        return transformers.AutoModelForCausalLM  # a decoder saved without its head, which loading then says
+    if auto := auto_class(name):
+        return getattr(transformers, auto)
     raise UsageError(
         f"{_where(files)} holds a {name}: what is converted are causal language models and encoders of text, bare or "
         "with a masked-token head"

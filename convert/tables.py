@@ -14,7 +14,7 @@ from .card import circumstances, figures
 from .report_html import NONE, duration, number, percent, ratio, size, tokens
 
 COLOURS = {"window": "cyan", "linear": "yellow", "hybrid": "magenta"}
-AT_LEAST = ("prefill_speedup", "converted")  # gates that are lower bounds
+AT_LEAST = ("prefill_speedup", "converted", "cosine")  # gates that are lower bounds
 STATES = {"done": "green", "will run": "bold", "begun": "bold", "old": "yellow", "not asked for": "dim"}
 
 
@@ -149,8 +149,9 @@ def speed_table(speed: Mapping[str, Any]) -> Table:
             if faster in entry:
                 both = [duration(entry[arm][field] * unit) for arm in ("teacher", "student")]
                 rows.append([tokens(length), name, *both, f"{number(entry[faster])}× as fast"])
-        both = [size(entry[arm]["kv_bytes"]) for arm in ("teacher", "student")]
-        rows.append([tokens(length), "KV cache", *both, f"{number(entry['kv_ratio'])}× the bytes"])
+        if "kv_ratio" in entry:
+            both = [size(entry[arm]["kv_bytes"]) for arm in ("teacher", "student")]
+            rows.append([tokens(length), "KV cache", *both, f"{number(entry['kv_ratio'])}× the bytes"])
     return table("Teacher against student", ["tokens", "", "teacher", "student", "ratio"], rows, left=2)
 
 

@@ -18,7 +18,7 @@ from ..kernels import operators
 from ..kernels.call import Call
 from ..kernels.spec import Full, Spec, label
 from .loop import Trainer
-from .objectives import distillation
+from .objectives import difference
 
 if TYPE_CHECKING:
     from ..convert.progress import Track
@@ -86,7 +86,7 @@ def learn_gates(
                 error = (got[:, at] - want[:, at]).float().square().mean()
                 loss = error + SPARSITY * flat.abs().mean()
             else:
-                error = distillation(model, want, got, CHUNK) if models.has_head(model) else _relative(want, got)
+                error = difference(model, want, got, CHUNK)
                 done = trainer.at / max(1, steps - 1)
                 loss = error + CONSTRAINT * (constraint(flat, target) + rounding(flat, done)) / len(flat)
             loss.backward()
@@ -95,11 +95,6 @@ def learn_gates(
     with models.frozen(model), models.converted(model, all_full(sites)) as conversion:
         trainer.run(partial(step, conversion), needles.ids, 1, seed, track)
     return {method: [bounded(gates[s.name]).tolist() if s.name in gates else [None] * s.kv_heads for s in sites]}
-
-
-def _relative(want: Tensor, got: Tensor) -> Tensor:
-    """Squared error over the square of what is wanted."""
-    return (got - want).float().square().sum() / want.float().square().sum().clamp_min(1e-12)
 
 
 def bounded(gates: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from ..convert.hosts import models
 from ..convert.hosts.transformers import Conversion, Site, all_full, refusal
 from ..convert.text import rng
 from ..kernels.spec import Full, Spec, label
-from .objectives import attention_transfer, distillation
+from .objectives import attention_transfer, difference
 
 if TYPE_CHECKING:
     from ..convert.progress import Track
@@ -150,7 +150,7 @@ def _lora(
         with torch.no_grad(), conversion.teacher(), student.disable_adapter():
             want = models.trunk(model)(ids, use_cache=False).last_hidden_state
         got = models.trunk(model)(ids, use_cache=False).last_hidden_state
-        loss = distillation(model, want, got, settings.logit_chunk)
+        loss = difference(model, want, got, settings.logit_chunk)
         loss.backward()
         return {"loss": loss.item()}
 

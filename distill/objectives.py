@@ -52,6 +52,16 @@ def distillation(model: Any, teacher: Tensor, student: Tensor, chunk: int) -> Te
     return total / student.shape[:2].numel()
 
 
+def hidden_error(teacher: Tensor, student: Tensor) -> Tensor:
+    """Squared error of hidden states (B, S, C) over the square of the teacher's: for models without a head."""
+    return (student - teacher).float().square().sum() / teacher.float().square().sum().clamp_min(1e-12)
+
+
+def difference(model: Any, teacher: Tensor, student: Tensor, chunk: int) -> Tensor:
+    """What a student is trained to lower: the KL of what the head puts out, or the error of the hidden states."""
+    return distillation(model, teacher, student, chunk) if models.has_head(model) else hidden_error(teacher, student)
+
+
 def _kl_of(model: Any, teacher: Tensor, student: Tensor) -> Tensor:
     with torch.no_grad():
         want = models.head(model, teacher).float().log_softmax(-1)

@@ -99,15 +99,33 @@ def _make_shards(model: Any, starts: Tensor, settings: SampleSettings, folder: P
         for n, batch in enumerate(batches):
             title = f"sampling, shard {shard + 1} of {shards}" + (f", batch {n + 1}" if len(batches) > 1 else "")
             rows += _generate(model, starts, batch, settings, track, title).tolist()
-        table = pa.table(
-            {
-                "sequence": list(numbers),
-                "prompt_tokens": [starts.shape[1]] * len(rows),
-                "tokens": pa.array(rows, type=pa.list_(pa.int32())),
-            }
-        )
-        with replacing(path) as temporary:
-            pq.write_table(table, temporary)
+        _write(path, numbers, starts.shape[1], rows)
+
+
+def _write(path: Path, numbers: Sequence[int], prompt: int, rows: list[list[int]]) -> None:
+    table = pa.table(
+        {
+            "sequence": list(numbers),
+            "prompt_tokens": [prompt] * len(rows),
+            "tokens": pa.array(rows, type=pa.list_(pa.int32())),
+        }
+    )
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def keep_texts(texts: Tensor, settings: SampleSettings, folder: Path) -> None:
+    """What an encoder is distilled on, since it cannot write: texts (n, S), in the same shards.
+
+    Raises:
+        UsageError: the settings ask for what only a generating model has.
+    """
+    if settings.prompts != "text":
+        raise UsageError(f"sample.prompts is {settings.prompts}, but this model cannot generate: use text")
+    for shard in range(shard_count(settings)):
+        numbers = range(shard * settings.shard, min((shard + 1) * settings.shard, settings.sequences))
+        path = shard_path(folder, shard, shard_count(settings))
+        _write(path, numbers, settings.length, texts[list(numbers)].tolist())
 
 
 class _Count(LogitsProcessor):

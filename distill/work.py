@@ -79,18 +79,6 @@ class Work:
     def needles(self, settings: NeedleSettings, documents: Sequence[Document], seed: int) -> Needles:
         return needles(self.tokenizer, documents, settings.template, settings.cases, settings.length, seed)
 
-    def require_generation(self, stage: str) -> None:
-        """Refuses what is not there for encoders yet.
-
-        Raises:
-            UsageError: the model cannot generate.
-        """
-        if is_encoder(self.model):
-            raise UsageError(
-                f"{type(self.model).__name__} is an encoder: it can be profiled and its plan selected, but {stage} "
-                "needs a language model so far"
-            )
-
     def cases(self, settings: NeedleSettings, documents: Sequence[Document], seed: int) -> Cases:
         """What damage is measured on: needle tasks, or for an encoder passages that a search should find."""
         if not is_encoder(self.model):

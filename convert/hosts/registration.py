@@ -10,6 +10,23 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 
 
+def auto_class(name: str) -> str | None:
+    """The auto class that loads an architecture such as BertModel; None for what is not converted.
+
+    Causal language models, and encoders of text: with a masked-token head, or bare.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    if name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "AutoModelForCausalLM"
+    if name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        return "AutoModelForMaskedLM"
+    kinds = {kind for kind, bare in auto.MODEL_MAPPING_NAMES.items() if bare == name}
+    if kinds & set(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES):
+        return "AutoModel"
+    return "AutoModelForCausalLM" if kinds else None  # a decoder that lacks its head, which loading then says
+
+
 class ConvertedConfig(PreTrainedConfig):
     """What AutoConfig reads for the model type `attnconvert`: it becomes the config of the stock class beneath."""
 
@@ -17,14 +34,15 @@ class ConvertedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The config of the converted class, which is registered with AutoModelForCausalLM on the way."""
+        """The config of the converted class, which is registered with its auto class on the way."""
         import transformers
 
         from .transformers import NAME, converted_config, converted_model
 
         base = getattr(transformers, config_dict[NAME]["base"])
         config = converted_config(base)
-        transformers.AutoModelForCausalLM.register(config, converted_model(base, config))
+        auto = getattr(transformers, auto_class(base.__name__) or "AutoModelForCausalLM")
+        auto.register(config, converted_model(base, config))
         return config.from_dict(config_dict, **kwargs)
 
 

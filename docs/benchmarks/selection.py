@@ -150,7 +150,7 @@ def plan_of(
     folder = place(work)
     given = dict(METHODS[name])
     if "measure_cases" in given and is_encoder(work.model):
-        given["measure_cases"] = len(work.profile_needles.ids)  # a case is one embedding: four are too few, all are cheap
+        given["measure_cases"] = len(work.profile_needles.ids)  # a case is one embedding: all, since they are cheap
     settings = SelectSettings(groups=budget, seed=seed, **given)
     asked = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
     path = folder / f"plan-{name.replace(', ', '-').replace(' ', '-')}-{round(100 * budget)}-{asked}.json"
