@@ -17,6 +17,7 @@ OPERATOR_COLOURS: Mapping[str, tuple[str, ...]] = {
     "window": ("#0072b2", "#56b4e9", "#00416b", "#7d8fc9", "#4a4e9e"),
     "hybrid": ("#e69f00", "#f5cb6e", "#9a6a00"),
     "linear": ("#d55e00", "#f2a36b", "#8a3d00"),
+    "blocks": ("#5b8a00", "#a6d04f", "#365200"),
     "span": ("#c9a800", "#f0e442", "#7a6600"),
     "retention": ("#009e73", "#72d1b5", "#00573f"),
 }

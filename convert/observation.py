@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import operators, span, window
+from ..kernels import operators, span, top_blocks, window
 from ..kernels.call import Call, grouped, logits
-from ..kernels.spec import Full, Hybrid, Retention, Span, Spec, Window
+from ..kernels.spec import Full, Hybrid, Retention, Span, Spec, TopBlocks, Window
 from .hosts import models
 from .hosts.transformers import Site, SiteOperators, all_full, refusal
 from .text import Needles
@@ -257,6 +257,8 @@ def kept_mass(spec: Spec, q: Tensor, k: Tensor, v: Tensor, call: Call, sampled: 
     reads: Tensor | None = None
     if isinstance(spec, Window | Span | Hybrid):
         reads = window_reads(spec, call, at, p.shape[-1])[None, None]
+    elif isinstance(spec, TopBlocks):
+        reads = block_reads(spec, q, k, call, at).repeat_interleave(q.shape[1] // k.shape[1], 1)
     elif isinstance(spec, Retention):
         reads = retention_reads(spec, q, k, v, call, at).repeat_interleave(q.shape[1] // k.shape[1], 1)
     return None if reads is None else (p * reads).sum(-1).mean((0, 2))
@@ -273,6 +275,16 @@ def window_reads(spec: Window | Span | Hybrid, call: Call, at: Tensor, length: i
         sizes = [window.width(near_spec, call)]
     near = distance.abs() < torch.tensor(sizes, device=at.device)[:, None]
     return reached & (near | (torch.arange(length, device=at.device) < spec.sinks))
+
+
+def block_reads(spec: TopBlocks, q: Tensor, k: Tensor, call: Call, at: Tensor) -> Tensor:
+    """(B, Hk, R, S): what each row reads of its own block and of those of its list."""
+    length = k.shape[2]
+    token = torch.arange(length, device=at.device) // spec.block
+    found = top_blocks.lists(spec, q, k, call)
+    found = F.pad(found, (0, int(token[-1]) + 1 - found.shape[3]))
+    reads = found[:, :, at // spec.rows][..., token] | ((at // spec.rows * spec.rows // spec.block)[:, None] == token)
+    return reads & (torch.arange(length, device=at.device) <= at[:, None]) if call.causal else reads
 
 
 def retention_reads(spec: Retention, q: Tensor, k: Tensor, v: Tensor, call: Call, at: Tensor) -> Tensor:

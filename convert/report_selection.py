@@ -205,6 +205,8 @@ def masks_part(run: Artefacts, pictures: Pictures) -> str:
     )
     if any(spec.operator == "retention" for spec in shown.values()):
         caption += " Which old tokens retention keeps depends on the text: the vertical lines are an example."
+    if any(spec.operator == "blocks" for spec in shown.values()):
+        caption += " Which blocks are chosen depends on the text: an example is shown."
     return "<h3>What the operators read</h3>" + figure(picture, caption)
 
 
@@ -216,12 +218,15 @@ def _reach(spec: Any) -> int:
 def thumbnail(label: str, spec: Any, length: int) -> Thumbnail | None:
     """None for an operator that is not known here."""
     count = length // BLOCK
-    if spec.operator not in ("full", "window", "span", "hybrid", "linear", "retention"):
+    if spec.operator not in ("full", "window", "span", "blocks", "hybrid", "linear", "retention"):
         return None
     window = {"full": length, "window": getattr(spec, "size", 0)}.get(spec.operator, getattr(spec, "window", 0))
     sinks, kept = getattr(spec, "sinks", 0), getattr(spec, "keep", 0)
     widths = [spec.width(i) if spec.operator == "span" else window for i in range(length)]
     kinds = _growing_blocks(widths, sinks) if spec.operator == "span" else _blocks(window, sinks, length)
+    if spec.operator == "blocks":
+        kinds, kept = _chosen_blocks(spec.keep * spec.block // BLOCK, count), 0
+        widths = [spec.keep * spec.block + i % spec.block for i in range(length)]
     every = [(row, 0, row + 1) for row in range(count)]
     rest = (
         []
@@ -259,6 +264,21 @@ def _blocks(window: int, sinks: int, length: int) -> dict[tuple[int, int], bool]
     found = list_blocks(mask, Layout(grid=(length,)), (BLOCK, BLOCK), length, False)
     places = zip(found.rows.tolist(), found.columns.tolist(), strict=True)
     return {place: kind < 0 for place, kind in zip(places, found.kinds.tolist(), strict=True)}
+
+
+def _chosen_blocks(keep: int, count: int) -> dict[tuple[int, int], bool]:
+    """An example of what block selection reads: its own block, the one before, the first, and some others."""
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    worth = draw.pareto(1.0, count)
+    found = {(row, row): False for row in range(count)}
+    for row in range(count):
+        worth = np.where(draw.random(count) < 0.2, draw.pareto(1.0, count), worth)
+        score = worth[:row].copy()
+        score[: 1 if row else 0], score[max(0, row - 1) :] = np.inf, np.inf
+        found |= {(row, int(column)): True for column in np.argsort(-score)[:keep]}
+    return found
 
 
 def _growing_blocks(widths: Sequence[int], sinks: int) -> dict[tuple[int, int], bool]:

@@ -63,6 +63,18 @@ def _grown(k: Tensor, v: Tensor, length: int) -> FullState:
     return FullState(k, v, length)
 
 
+def extended(old: FullState | None, k: Tensor, v: Tensor) -> FullState:
+    """The cache with the new keys and values (B, Hk, Q, D) behind those it has, written into where it has room."""
+    if old is None:
+        return _grown(k, v, k.shape[2])
+    n, total = old.length, old.length + k.shape[2]
+    if total <= old.k.shape[2] and not (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)):
+        old.k[:, :, n:total], old.v[:, :, n:total] = k, v
+        return FullState(old.k, old.v, total)
+    k, v = (torch.cat([past[:, :, :n], new], 2) for past, new in ((old.k, k), (old.v, v)))
+    return _grown(k, v, total)
+
+
 def step(
     spec: Full, q: Tensor, k: Tensor, v: Tensor, call: Call, state: object, learned: nn.Module | None = None
 ) -> tuple[Part, object]:

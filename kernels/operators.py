@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from . import full, hybrid, launch, linear, ops, retention, span, window
+from . import full, hybrid, launch, linear, ops, retention, span, top_blocks, window
 from .call import Call, Cost, Shape
 from .problem import Part
 from .spec import Spec
@@ -20,6 +20,7 @@ FILES: dict[str, ModuleType] = {
     "full": full,
     "window": window,
     "span": span,
+    "blocks": top_blocks,
     "linear": linear,
     "hybrid": hybrid,
     "retention": retention,
@@ -66,8 +67,8 @@ def attend_all(
     """The operators of a site together: each serves its KV groups of q (B, H, Q, D), k, v (B, Hk, Q, D).
 
     A prefill is one launch of mixed attention for all that read softmax ranges, a decode step one launch for all with
-    a cache; linear attention over a prompt, spans and retention have launches of their own. A call that is not causal
-    leaves no states.
+    a cache; linear attention over a prompt, spans, blocks and retention have launches of their own. A call that is not
+    causal leaves no states.
     """
     if not call.causal:
         call = dataclasses.replace(call, keep=False)

@@ -99,6 +99,33 @@ class Span:
         return int(self.growth * max(position, 0)) // STEP
 
 
+@operator("blocks")
+@dataclass(frozen=True, kw_only=True)
+class TopBlocks:
+    """Softmax over the row's own block of keys and the `keep` blocks before it that matter most.
+
+    Every `rows` rows their first query decides: the softmaxed scores of the mean keys of all finished blocks, averaged
+    over the query heads of the group. The first block and the one just before are always among them. Nothing is
+    forgotten, so the cache is that of full attention; what is saved is work. In an encoder the mean query decides, over
+    all blocks.
+
+    Source: MoBA (Lu et al., 2025), with a decision per block of rows that does not depend on how the tokens arrive.
+    """
+
+    keep: int = 8
+    block: int = 64
+    rows: int = 32
+
+    def __post_init__(self) -> None:
+        _count("keep", self.keep, 2)
+        _count("block", self.block, 32)
+        _count("rows", self.rows, 16)
+        if self.block % 32:
+            raise ValueError(f"block must be a multiple of 32, not {self.block}")
+        if self.rows % 16 or self.block % self.rows:
+            raise ValueError(f"rows must be a multiple of 16 that divides the block of {self.block}, not {self.rows}")
+
+
 @operator("linear")
 @dataclass(frozen=True, kw_only=True)
 class Linear:

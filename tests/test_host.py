@@ -13,9 +13,11 @@ from attnconvert.convert.hosts import models as host
 from attnconvert.convert.hosts.models import find_sites
 from attnconvert.convert.hosts.transformers import NAME, Conversion, Unsupported
 from attnconvert.kernels.full import FullState
-from attnconvert.kernels.spec import Full, Hybrid, Linear, Span, Window
+from attnconvert.kernels.spec import Full, Hybrid, Linear, Span, TopBlocks, Window
+from attnconvert.kernels.top_blocks import BlocksState
 
 KINDS = [Full(), Window(size=8, sinks=2), Linear(), Hybrid(window=8, sinks=2), Span(size=6, growth=0.5, sinks=2)]
+KINDS += [TopBlocks(keep=2, block=32, rows=16)]
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -164,7 +166,7 @@ def test_cache_bytes_are_what_the_cost_model_promises(length):
         cache = model(ids_of(1, length), use_cache=True).past_key_values
         slots = sum(8 * s.sink_at.numel() for layer in cache.layers for s in layer.states if hasattr(s, "sink_at"))
         states = [s for layer in cache.layers for s in layer.states]
-        room = sum(2 * s.k[0, :, s.length :, :].numel() * 4 for s in states if isinstance(s, FullState))
+        room = sum(2 * s.k[0, :, s.length :, :].numel() * 4 for s in states if isinstance(s, FullState | BlocksState))
         assert cache_bytes(cache) - slots - room == want
         assert room <= 0.02 * want + 2 * 16 * 8 * 4 * sum(site.kv_heads for site in plan)
 

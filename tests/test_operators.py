@@ -6,15 +6,28 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnconvert.kernels import custom_ops, operators
+from attnconvert.kernels import custom_ops, operators, top_blocks
 from attnconvert.kernels.call import Call, Shape, map_state, state_bytes
 from attnconvert.kernels.full import FullState
 from attnconvert.kernels.retention import RetentionState
-from attnconvert.kernels.spec import Full, Hybrid, Linear, Retention, Span, Window, label, spec_from_dict, spec_to_dict
+from attnconvert.kernels.spec import (
+    Full,
+    Hybrid,
+    Linear,
+    Retention,
+    Span,
+    TopBlocks,
+    Window,
+    label,
+    spec_from_dict,
+    spec_to_dict,
+)
+from attnconvert.kernels.top_blocks import BlocksState
 
 SPECS = [Full(), Window(size=5, sinks=2), Window(size=1, sinks=0), Window(size=200, sinks=3), Linear()]
 SPECS += [Retention(window=8, keep=5, sinks=2, block=4), Retention(window=6, keep=3, sinks=0, block=1)]
 SPECS += [Span(size=5, growth=0.5, sinks=2), Span(size=2, growth=0.9, sinks=0)]
+SPECS += [TopBlocks(keep=2, block=32, rows=16)]
 SPECS += [Hybrid(window=6, sinks=2), Hybrid(window=3, sinks=0), Hybrid(window=150, sinks=4)]
 MORE = [Linear(), Hybrid(window=16, sinks=2), Retention(window=16, keep=5, sinks=2, block=4)]
 SHAPES = [(1, 4, 2, 1, 8), (2, 3, 1, 37, 16), (1, 2, 2, 131, 8), (1, 4, 2, 300, 8)]  # B, H, Hk, S, D
@@ -54,7 +67,7 @@ def left_padded(shape):
 def contents(state):
     """What a state holds, whatever room it has and in whatever order."""
     held = dict(vars(state))
-    if isinstance(state, FullState):
+    if isinstance(state, FullState | BlocksState):
         held |= {name: held[name][:, :, : state.length] for name in ("k", "v")}
     if isinstance(state, RetentionState):
         order = state.at.argsort(dim=-1, stable=True)
@@ -253,7 +266,7 @@ def test_state_bytes_are_what_the_cost_model_says(spec, length):
     q, k, v = make(shape, dtype=torch.float32)
     _, state = operators.attend(spec, q, k, v, call_of(shape), None, learned_of(spec, shape, torch.float32))
     counted = state_bytes(state) - (state.sink_at.numel() * 8 if hasattr(state, "sink_at") else 0)
-    slack = 2 * 4 * 8 * (state.k.shape[2] - state.length) if isinstance(spec, Full) else 0
+    slack = 2 * 4 * 8 * (state.k.shape[2] - state.length) if isinstance(spec, Full | TopBlocks) else 0
     assert counted == operators.of(spec).state_size(spec, Shape(queries=3, dim=8, element=4), length) + slack
 
 
@@ -263,6 +276,7 @@ def test_state_bytes_are_what_the_cost_model_says(spec, length):
         Full(),
         Window(size=16, sinks=2),
         Span(size=16, growth=0.5, sinks=2),
+        TopBlocks(keep=2, block=32, rows=16),
         Linear(),
         Hybrid(window=16, sinks=2),
         Retention(window=16, keep=5, sinks=2, block=4),
@@ -289,6 +303,10 @@ def test_flops_of_the_cost_model_match_a_count(spec, monkeypatch):
         near = [16 + i // 2 // 64 * 64 for i in range(256)]
         allowed = sum(len({j for j in range(i + 1) if i - j < near[i] or j < 2}) for i in range(256))
         assert cost.flops == 4 * allowed * 3 * 16
+    elif isinstance(spec, TopBlocks):
+        pairs = sum(min(2, i // 32) * 32 + i % 32 + 1 for i in range(256))
+        scores = sum(row // 32 for row in range(0, 256, 16))
+        assert cost.flops == 4 * pairs * 3 * 16 + 2 * scores * 3 * 16 + 256 * 16
     elif isinstance(spec, Retention):
         pairs = sum(min(i + 1, 2) + len(range(max(2, i // 4 * 4 - 12), i + 1)) for i in range(256))
         pairs += sum(min(5, max(0, i // 4 * 4 - 12 - 2)) for i in range(256))
@@ -323,6 +341,23 @@ def test_flops_of_linear_attention_both_ways_match_a_count(spec, monkeypatch):
         operators.attend(spec, *make(shape, dtype=torch.float32), call_of(shape, causal=False), None, learned)
     cost = operators.of(spec).prefill_cost(spec, Shape(queries=3, dim=16, element=4, causal=False), 256)
     assert cost.flops == pytest.approx(counter.get_total_flops(), rel=1.0 if isinstance(spec, Hybrid) else 0.05)
+
+
+@pytest.mark.parametrize("length", [20, 64, 150])
+def test_pairs_of_chosen_blocks_both_ways_are_those_of_the_lists(length):
+    """Where every block of the lists is whole but the last, which may be listed or not: between the two."""
+    spec, shape = TopBlocks(keep=2, block=32, rows=16), (1, 3, 1, length, 16)
+    q, k, _ = make(shape)
+    found = top_blocks.lists(spec, q, k, call_of(shape, causal=False))
+    own = torch.arange(found.shape[2]) // 2
+    assert found[0, 0, torch.arange(found.shape[2]), own].all(), "its own block is always listed"
+    sizes = torch.tensor([min(32, length - at) for at in range(0, length, 32)])
+    rows = torch.tensor([min(16, length - at) for at in range(0, length, 16)])
+    pairs = int((found[0, 0] * sizes * rows[:, None]).sum())
+    cost = operators.of(spec).prefill_cost(spec, Shape(queries=3, dim=16, causal=False), length)
+    scores = found.shape[2] * found.shape[3]
+    most = (cost.flops - 2 * scores * 3 * 16 - length * 16) / (4 * 3 * 16)
+    assert pairs <= most <= pairs + length * (32 - int(sizes[-1]))
 
 
 def test_cost_of_bounded_operators_does_not_grow_with_length():

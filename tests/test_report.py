@@ -311,8 +311,8 @@ def front_document() -> dict[str, Any]:
 def rich_run(folder: Path, **student: Any) -> Run:
     """A run that has selected with budgets, refinement and a front."""
     run = run_until(folder, "select")
-    round0 = {"round": 0, "scores": "single damages", "loss": 0.3, "kl": 0.2, "needle": 0.05, "predicted": 0.2}
-    round1 = round0 | {"round": 1, "scores": "around the plan", "loss": 0.25, "predicted": 0.24}
+    round0 = {"round": 0, "scores": "damage", "loss": 0.3, "kl": 0.2, "needle": 0.05, "predicted": 0.2}
+    round1 = round0 | {"round": 1, "scores": "around the plan, 2 changes", "loss": 0.35, "predicted": 0.24}
     budget = {"resource": "kv_bytes", "length": 8192, "limit": 430.0, "used": 420.0, "original": 1000.0}
     chosen = {
         "method": "damage",
@@ -379,8 +379,8 @@ def test_a_damaged_front_is_left_out(tmp_path: Path) -> None:
 
 def test_refinement_is_told_round_by_round(tmp_path: Path) -> None:
     words = words_of(write_report(rich_run(tmp_path).path))
-    assert "0: single damages 0.200 0.300 0.200 0.0500 kept" in words
-    assert "1: around the plan 0.240 0.250 0.200 0.0500 the same plan" in words
+    assert "0: damage 0.200 0.300 0.200 0.0500 better" in words
+    assert "1: around the plan, 2 changes 0.240 0.350 0.200 0.0500" in words
     assert (tmp_path / "report" / "refinement.png").exists()
 
 

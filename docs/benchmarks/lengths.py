@@ -27,7 +27,7 @@ from attnconvert.convert.progress import Track, rich_track
 from attnconvert.convert.recipe import load_recipe
 from attnconvert.convert.runs import Run
 from attnconvert.distill.work import Work
-from attnconvert.kernels.spec import Full, Retention, Span, Spec, Window, label
+from attnconvert.kernels.spec import Full, Retention, Span, Spec, TopBlocks, Window, label
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "lengths.json"
@@ -35,11 +35,15 @@ LAYERS = (*range(11, 18), 19, 22, *range(24, 30))
 OPERATORS: tuple[Spec, ...] = (
     Window(size=128, sinks=4),
     Retention(window=64, keep=64, sinks=4),
+    Retention(window=64, keep=64, sinks=4, block=1),
     Span(size=64, growth=0.0625, sinks=4),
     Window(size=256, sinks=4),
     Span(size=64, growth=0.125, sinks=4),
+    Span(size=128, growth=0.0625, sinks=4),
+    TopBlocks(keep=3, block=32, rows=16),
+    TopBlocks(keep=4, block=64, rows=32),
 )
-TEXTS = {1024: 8, 2048: 8, 4096: 4}  # sequences by length
+TEXTS = {1024: 8, 2048: 8, 4096: 2}  # sequences by length
 SEED = 1
 
 
@@ -54,8 +58,7 @@ def main() -> None:
     for length, count in TEXTS.items():
         ids = work.sequences(work.heldout, count, length, SEED)
         for n in range(count):
-            path = given.out / "lengths" / f"{length}-{n:02d}.json"
-            found = stored(path, lambda ids=ids, n=n: losses(work, ids[n : n + 1], track))  # type: ignore[misc]
+            found = losses(work, ids[n : n + 1], given.out / "lengths" / f"{length}-{n:02d}", track)
             rows += [{"length": length, "text": n, "operator": name, **row} for name, row in found.items()]
     document = {
         "schema": 1,
@@ -77,14 +80,20 @@ def plan(work: Work, spec: Spec) -> dict[Any, list[Spec]]:
 
 
 @torch.no_grad()
-def losses(work: Work, ids: torch.Tensor, track: Track) -> dict[str, dict[str, float]]:
-    """By operator the KL to the teacher in nats per token, and the perplexities' ratio, on one text (1, S)."""
+def losses(work: Work, ids: torch.Tensor, place: Path, track: Track) -> dict[str, dict[str, float]]:
+    """By operator the KL to the teacher in nats per token, and the rise of the loss, on one text (1, S)."""
     ids, found = ids.to(work.model.device), {}
-    want = work.model(ids, use_cache=False).logits[0]
-    for spec in track(OPERATORS, f"{ids.shape[1]:,} tokens"):
+    want: list[torch.Tensor] = []
+
+    def measure(spec: Spec) -> dict[str, float]:
+        if not want:
+            want.append(work.model(ids, use_cache=False).logits[0])
         with models.converted(work.model, plan(work, spec)):
             got = work.model(ids, use_cache=False).logits[0]
-        found[label(spec)] = compared(want, got, ids[0])
+        return compared(want[0], got, ids[0])
+
+    for spec in track(OPERATORS, f"{ids.shape[1]:,} tokens"):
+        found[label(spec)] = stored(place / f"{label(spec)}.json", lambda spec=spec: measure(spec))  # type: ignore[misc]
     return found
 
 
