@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .convert import evaluation
+from .convert.budgets import refuse_budgets
 from .convert.card import model_card
 from .convert.costs import Costs
 from .convert.damage import Group, Joint, marginal_damage
@@ -323,6 +324,8 @@ def check_selection(run: Run, settings: SelectSettings) -> None:
     """Raises what `select` would say of these settings, as far as that is known without the model: before anything of
     the run is given up for them."""
     profiled, timed = run.folder("profile") / PROFILE, run.path / "costs" / COSTS
+    if profiled.exists():
+        refuse_budgets(measured_profile(run), settings)
     if not profiled.exists() or settings.method == "restore" or (in_time(settings) and not timed.exists()):
         return
     measured = measured_profile(run)

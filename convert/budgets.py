@@ -28,7 +28,7 @@ from .report_html import number, size
 if TYPE_CHECKING:
     from .recipe import SelectSettings
 
-LENGTH = 8192  # at which bytes (FLOPs of an encoder) are saved where the settings name no budget
+LENGTH = 8192  # at which bytes are saved where the settings name no budget
 Losses = Callable[[Group, Spec], float | None]  # of one conversion; None where it was not measured
 
 
@@ -222,6 +222,8 @@ def _units(profile: Profile, settings: SelectSettings, shared: Sequence[Sequence
 
 def _kept(profile: Profile, settings: SelectSettings, wanted: Iterable[Spec]) -> dict[Group, str]:
     """The groups that stay full whatever is chosen for the others, with the reason."""
+    if settings.retrieval_keep is not None and "retrieval" not in profile.statistics:
+        raise UsageError("select.retrieval_keep: an encoder has no retrieval scores; protect layers instead")
     protected = {n for layer in settings.protect for n in _with_layer(profile, layer, "select.protect")}
     broken = broken_heads(profile)
     options = list(wanted)
@@ -274,6 +276,23 @@ def retrieval_score(profile: Profile, group: Group) -> float | None:
 # --- budgets ----------------------------------------------------------------------------------------------------------
 
 
+def usual_length(profile: Profile) -> int:
+    """At which costs are compared where nobody names a length: 8,192 tokens, or what an encoder was profiled on."""
+    if all(site.causal for site in profile.sites):
+        return LENGTH
+    return int(profile.data.get("length") or LENGTH)
+
+
+def refuse_budgets(profile: Profile, settings: SelectSettings) -> None:
+    """Raises UsageError where a budget is of what an encoder does not do."""
+    wrong = sorted({"decode_ms", "kv_bytes"} & set(settings.budgets or ()))
+    if wrong and not all(site.causal for site in profile.sites):
+        raise UsageError(
+            f"select.budgets.{wrong[0]}: this model reads in both directions, so it decodes nothing and has no cache; "
+            "budgets of an encoder are prefill_ms and flops"
+        )
+
+
 def _budgets(profile: Profile, settings: SelectSettings, costs: Costs) -> list[Budget]:
     total = sum(site.kv_heads for site in profile.sites)
     if settings.groups is not None:
@@ -286,12 +305,8 @@ def _budgets(profile: Profile, settings: SelectSettings, costs: Costs) -> list[B
         return [_counted("layers", count - settings.layers, count, settings.layers)]
     generates = all(site.causal for site in profile.sites)
     saved = "kv_bytes" if generates else "flops"
-    given = settings.budgets or ({saved: {LENGTH: "100%"}} if settings.keep_quality is not None else {})
-    if not generates and (wrong := sorted({"decode_ms", "kv_bytes"} & set(given))):
-        raise UsageError(
-            f"select.budgets.{wrong[0]}: this model reads in both directions, so it decodes nothing and has no cache; "
-            "budgets of an encoder are prefill_ms and flops"
-        )
+    given = settings.budgets or ({saved: {usual_length(profile): "100%"}} if settings.keep_quality is not None else {})
+    refuse_budgets(profile, settings)
     found = []
     for resource, amounts in given.items():
         for length, amount in amounts.items():

@@ -268,7 +268,11 @@ def costs_document(costs: Costs) -> dict[str, Any]:
         "model": costs.model,
         "lengths": list(costs.lengths),
         "tables": tables,
-        "rest": {name: {str(n): costs.base(name, n) for n in costs.lengths} for name in TIMES} if costs.rest else {},
+        "rest": {
+            name: {str(n): costs.base(name, n) for n in costs.lengths}
+            for name, phase in TIMES.items()
+            if phase in costs.rest
+        },
         "check": {"summary": check_summary(checked), "rows": checked},
         "notes": costs.notes,
     }

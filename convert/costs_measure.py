@@ -27,7 +27,6 @@ from ..kernels.call import Call, map_state, state_bytes
 from ..kernels.spec import Full, Spec, label, spec_to_dict
 from .costs import MACHINE, Costs
 from .costs_model import PHASES, Layer, Row
-from .errors import UsageError
 from .files import read_json, stored, write_json
 from .hosts import models
 from .hosts.transformers import Conversion, Site, SiteOperators, all_full, refusal
@@ -100,6 +99,8 @@ def measure_costs(
     layers: dict[Layer, list[Site]] = {}
     for site in sites:
         layers.setdefault(Layer.of(site), []).append(site)
+    if model is not None:
+        models.require_positions(model, max(lengths) + (0 if models.is_encoder(model) else STEPS))
     bench = Bench(batch, getattr(torch, dtype), device, clock or wall_clock(device), repeats)
     rows: list[Row] = []
     jobs = [(layer, length) for layer in layers for length in sorted(set(lengths))]
@@ -284,13 +285,6 @@ class Bench:
         self, model: Any, sites: Sequence[Site], lengths: Sequence[int], folder: Path, track: Track
     ) -> dict[str, dict[int, float]]:
         """ms of the model with attention that answers at once: {phase: {length: ms}}."""
-        longest, steps = positions_of(model), 0 if models.is_encoder(model) else STEPS
-        if longest is not None and max(lengths) + steps > longest:
-            after = f" and {steps} decoded ones" if steps else ""
-            raise UsageError(
-                f"{type(model).__name__} has positions for {longest} tokens: times at {max(lengths)} tokens{after} "
-                f"cannot be taken; ask for lengths of at most {longest - steps}"
-            )
         who = [type(model).__name__, str(model.config._name_or_path), model.num_parameters(), [s.name for s in sites]]
         phases = PHASES[:1] if models.is_encoder(model) else PHASES
         found: dict[str, dict[int, float]] = {phase: {} for phase in phases}
@@ -330,13 +324,6 @@ class Bench:
         for _ in range(STEPS):
             model(token, past_key_values=cache, use_cache=True)
         return {"prefill": prefill, "decode": (self.clock() - start) / STEPS}
-
-
-def positions_of(model: Any) -> int | None:
-    """How many positions a model has learned; None where they are computed."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tables = [m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding)]
-    return most if most in tables else None
 
 
 def _answer_at_once(site: SiteOperators, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:

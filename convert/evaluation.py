@@ -69,7 +69,7 @@ def encoding(teacher: Any, student: Any, ids: Tensor, batch: int, track: Track, 
     for rows in track(ids.split(batch), title):
         rows = rows.to(teacher.device)
         want, got = (models.trunk(model)(rows).last_hidden_state.float() for model in (teacher, student))
-        cosines += F.cosine_similarity(want.mean(1), got.mean(1)).tolist()
+        cosines += F.cosine_similarity(*(models.pooled(teacher, x) for x in (want, got))).tolist()
         total["error"] += (got - want).square().sum().item()
         total["square"] += want.square().sum().item()
         if models.has_head(teacher):
@@ -147,8 +147,9 @@ def speed(
     jobs = [(length, repeat) for length in sorted(lengths) for repeat in range(repeats)]
     times: dict[tuple[int, str], list[tuple[float, float]]] = {}
     held: dict[tuple[int, str], int] = {}
+    models.require_positions(teacher, max(lengths) + decode_tokens)
     for model in both.values():  # first calls allocate and choose kernels
-        _time_once(model, 256, 2)
+        _time_once(model, min(256, *lengths), min(2, decode_tokens))
     for length, repeat in track(jobs, "speed"):
         order = list(both) if repeat % 2 == 0 else list(both)[::-1]
         for name in order:

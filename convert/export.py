@@ -25,7 +25,7 @@ from transformers import GenerationConfig
 from .. import __version__
 from ..kernels.spec import Spec
 from .errors import AttnConvertError
-from .files import read_json, sha256_file, write_json, write_text
+from .files import read_json, sha256_file, write_bytes, write_json, write_text
 from .hosts.models import is_encoder
 from .hosts.registration import auto_class
 from .hosts.transformers import NAME, Site, SiteOperators, plan_block
@@ -91,7 +91,8 @@ def export(
     _write_runtime(folder, base)
     write_text(folder / "README.md", card)
     own = ("SHA256SUMS", KEY, DONE)  # not of the checkpoint: these say how far the stage is
-    sums = [f"{sha256_file(p)}  {p.name}" for p in sorted(folder.iterdir()) if p.is_file() and p.name not in own]
+    kept = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in own]
+    sums = [f"{sha256_file(p)}  {p.relative_to(folder).as_posix()}" for p in kept]
     write_text(folder / "SHA256SUMS", "\n".join(sums) + "\n")
 
 
@@ -101,11 +102,10 @@ def _auto(base: str) -> str:
 
 def _keep_pooling(source: Path, folder: Path) -> None:
     """What makes a folder a sentence-transformers model: without it an encoder would lose how it pools its tokens."""
-    for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
-        if (source / name).is_file():
-            write_text(folder / name, (source / name).read_text(encoding="utf-8"))
-    for module in sorted(source.glob("[0-9]_*/config.json")):
-        write_text(folder / module.parent.name / "config.json", module.read_text(encoding="utf-8"))
+    own = [source / f"{name}.json" for name in ("modules", "sentence_bert_config", "config_sentence_transformers")]
+    for file in [*own, *sorted(source.glob("[0-9]_*/*"))]:
+        if file.is_file():
+            write_bytes(folder / file.relative_to(source), file.read_bytes())
 
 
 def _write_runtime(folder: Path, base: type) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..kernels.spec import Full, Spec, label
-from .budgets import LENGTH, Budget, Losses, make_task
+from .budgets import Budget, Losses, make_task, usual_length
 from .costs import Costs, analytic, plan_cost
 from .damage import Group
 from .errors import UsageError
@@ -41,8 +41,8 @@ def front(
     """Plain data for select/front.json; costs are shares of the original's. It takes about a second for 90 groups.
 
     All plans are judged by what their groups lose one by one: the measured damage, or where none was measured the
-    output error. The budget is the first of the settings, or cache bytes at 8,192 tokens; the kinds, layers and groups
-    that the settings keep are kept.
+    output error. The budget is the first of the settings, or cache bytes at 8,192 tokens, FLOPs of an encoder; the
+    kinds, layers and groups that the settings keep are kept.
 
     Args:
         methods: selectors to compare, each at three budgets; points: budgets of the front, from nearly everything
@@ -83,7 +83,7 @@ class _Judge:
 
     def __init__(self, profile: Profile, settings: SelectSettings, costs: Costs | None, best: str) -> None:
         self.profile, self.best = profile, best
-        resource, length = _resource(settings, costs, all(site.causal for site in profile.sites))
+        resource, length = _resource(settings, costs, profile)
         free = {"groups": None, "layers": None, "keep_quality": None, "explicit": None, "rounds": 0}
         budgets = {resource: {length: "100%"}}
         self.settings = settings.model_copy(update={**free, "budgets": budgets, "method": best})
@@ -165,9 +165,9 @@ class _Judge:
         return None if None in cells else float(sum(x for x in cells if x is not None))
 
 
-def _resource(settings: SelectSettings, costs: Costs | None, causal: bool) -> tuple[str, int]:
+def _resource(settings: SelectSettings, costs: Costs | None, profile: Profile) -> tuple[str, int]:
     """The first budget that can be told: times only where some were measured."""
     for resource, amounts in (settings.budgets or {}).items():
         if not resource.endswith("_ms") or (costs is not None and costs.rows):
             return resource, next(iter(amounts))
-    return "kv_bytes" if causal else "flops", LENGTH
+    return "kv_bytes" if all(site.causal for site in profile.sites) else "flops", usual_length(profile)

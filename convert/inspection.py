@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .progress import Track
 
 LENGTHS = (8192, 32768)  # tokens at which the cache of a plan is compared with the full one
+ENCODED = (512,)  # and the work of an encoder's
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -160,9 +161,11 @@ def describe_plan(folder: Path) -> dict[str, Any]:
     full = {site: [Full()] * site.kv_heads for site in plan}
     labels = [label(spec) for specs in plan.values() for spec in specs]
 
+    lengths = LENGTHS if all(site.causal for site in plan) else ENCODED
+
     def ratios(name: str) -> dict[str, float]:
         """Of what full attention takes, by length; nothing where that is nothing, as an encoder's cache."""
-        both = {n: [costs(which, n, element)[name] for which in (plan, full)] for n in LENGTHS}
+        both = {n: [costs(which, n, element)[name] for which in (plan, full)] for n in lengths}
         return {str(n): mine / dense for n, (mine, dense) in both.items() if dense}
 
     return {

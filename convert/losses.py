@@ -110,7 +110,8 @@ def influence_loss(profile: Profile, group: Group, spec: Spec) -> float | None:
         if rows is None or None in rows:
             return None
         starts = block * np.arange(len(rows))
-        size = spec.width(block * len(rows) // 2) if isinstance(spec, Span) else spec.size
+        text = block * len(rows)
+        size = spec.width(text // 2 if site.causal else text) if isinstance(spec, Span) else spec.size
         outside = np.clip((starts + block - size) / block, 0, 1)
         total += float((np.asarray(rows) * outside).sum())
     return total

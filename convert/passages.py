@@ -61,9 +61,9 @@ class Passages:
 
 
 def embed(model: Any, ids: Tensor) -> Tensor:
-    """Sentence embeddings of length 1, fp32: the mean of the last hidden states. ids (B, S) → (B, C)"""
+    """Sentence embeddings of length 1, fp32, pooled as the model does. ids (B, S) → (B, C)"""
     hidden = models.trunk(model)(ids.to(model.device)).last_hidden_state
-    return F.normalize(hidden.float().mean(1), dim=-1)
+    return F.normalize(models.pooled(model, hidden.float()), dim=-1)
 
 
 @torch.no_grad()
@@ -94,7 +94,8 @@ def passages(
         fact = tokenize(tokenizer, words)
         room = length - len(start) - len(end) - len(fact)
         if room < 16:
-            raise UsageError(f"passages of {length} tokens leave no text around the fact: use at least {length + 16}")
+            least = length + 16 - room
+            raise UsageError(f"passages of {length} tokens leave no text around the fact: use at least {least}")
         body = texts[bank + case, len(start) : length - len(end)].tolist()[:room]
         depth = round((case + 0.5) / cases * room)
         ids.append(start + body[:depth] + fact + body[depth:] + end)

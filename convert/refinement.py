@@ -6,7 +6,6 @@ around the best of them, until that no longer pays.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
 
 Marginal = Callable[[Mapping[Group, Spec]], dict[str, Table]]
 PAYS = 1e-3  # a new plan must be better by this share
-BISECTIONS = 8
+BISECTIONS = 12
+LEAST = 1e-5  # of the highest score: the smallest price of a change that is tried
 STARTS: Mapping[str, Mapping[str, Any]] = {  # whose plans are measured besides the method's own
     "damage, KL alone": {"method": "damage", "needle_weight": 0.0},
     "first_order": {"method": "first_order"},
@@ -64,8 +64,11 @@ def refine(
     search = _Search(profile, settings, measure)
     search.consider(0, settings.method, chosen())
     for name, changed in STARTS.items():
-        with contextlib.suppress(UsageError):  # the profile lacks what it needs, or it has no plan within the budgets
-            search.consider(0, name, chosen(**changed))
+        try:
+            found = chosen(**changed)
+        except UsageError:  # the profile lacks what it needs, or it has no plan within the budgets
+            continue
+        search.consider(0, name, found)
     for number in range(1, settings.rounds + 1):
         before = search.loss
         around = _scores(marginal(chosen_groups(profile, search.best.plan)), settings)
@@ -95,7 +98,8 @@ class _Search:
         joint = self.measure(chosen_groups(self.profile, found.plan))
         loss = joint_loss(joint, self.settings.needle_weight)
         better = loss < self.loss * (1 - PAYS)
-        predicted = found.loss if number or found.method == "damage" else None  # others do not predict in these units
+        comparable = number or name == "damage"  # other methods do not predict in these units
+        predicted = found.loss if comparable else None
         line = {"round": number, "scores": name, "loss": loss, **joint, "predicted": predicted, "kept": better}
         self.history.append(line | {"operators": {label(Full()): 0, **found.plan.counts()}})
         if better:
@@ -107,7 +111,7 @@ def _nearer(
 ) -> Iterator[tuple[str, Selection]]:
     """The plan that is best by the scores, and such as change at most a half, a quarter, … of what it changes.
 
-    A change costs λ more than the scores say; λ is bisected.
+    A group that takes another operator costs λ more than the scores say; λ is bisected, by its logarithm.
     """
     held = chosen_groups(profile, incumbent)
 
@@ -122,17 +126,24 @@ def _nearer(
         now = chosen_groups(profile, found.plan)
         return sum(now.get(group, Full()) != held.get(group, Full()) for group in {*now, *held})
 
+    def charges(found: Selection) -> int:
+        now = chosen_groups(profile, found.plan)
+        return sum(spec != held.get(group, Full()) for group, spec in now.items())
+
     found = solve(0.0)
     count = most = changes(found)
     price, top = 0.0, max((x for row in around.values() for x in row.values()), default=0.0)
     while count:
-        yield f"around the plan, {count} changes", found
+        # what was charged is no loss, and the bound is that of the charged program
+        plain = {"loss": found.loss - price * charges(found) if found.loss is not None else None}
+        told = dataclasses.replace(found, **plain, bound=None, gap=None, prices={}, switches={}) if price else found
+        yield f"around the plan, {count} changes", told
         most = min(most, count) // 2
         if not most:
             return
-        low, high = price, 2 * top
+        low, high = max(price, LEAST * top), 2 * top
         for _ in range(BISECTIONS):
-            middle = (low + high) / 2
+            middle = math.sqrt(low * high)
             tried = solve(middle)
             if changes(tried) > most:
                 low = middle

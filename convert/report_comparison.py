@@ -166,7 +166,16 @@ def _conclusion(name: str, arms: Mapping[str, Any]) -> str:
 
 
 def _bytes(shown: str, student: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """The beginning of the sentence: whether the arms are equally large."""
+    """The beginning of the sentence: whether the arms are equally large; of encoders, whether they work as much."""
+    worked = set(dig(student, "flops_ratio", default={})) & set(dig(other, "flops_ratio", default={}))
+    if encodes({"student": student}) and worked:
+        length = max(worked, key=int)
+        ours, theirs = student["flops_ratio"][length], other["flops_ratio"][length]
+        if abs(ours - theirs) <= EQUAL_BYTES * max(ours, theirs):
+            return f"At equal work ({ratio(ours)} of the attention FLOPs at {tokens(length)} tokens)"
+        word = "more" if theirs > ours else "less"
+        work = f"{ratio(theirs)} of the attention FLOPs, the student {ratio(ours)}"
+        return f"<code>{shown}</code> computes {word} ({work}), and"
     shared = set(dig(student, "kv_bytes", default={})) & set(dig(other, "kv_bytes", default={}))
     if not shared:
         return "At bytes that were not compared,"

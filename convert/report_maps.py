@@ -9,8 +9,9 @@ from typing import Any
 
 from .artefacts import Artefacts, Site, dig
 from .headmaps import Cell, Swatch, head_map, operator_colours, shade
-from .report_html import details, figure, number, percent, section, table
-from .report_selection import budgets_part, masks_part, predictors_part
+from .report_html import NONE, details, figure, number, percent, section, table
+from .report_masks import masks_part
+from .report_selection import budgets_part, predictors_part
 
 WIDE = 48  # sites from which on a map takes the whole width
 RETRIEVAL, KL, NEEDLE, ERROR, DENSITY = "#0072b2", "#d55e00", "#a5437c", "#8a6d00", "#007a5a"
@@ -87,7 +88,9 @@ def _predictions(run: Artefacts) -> str:
         measured = dig(quality, shortest, "kl")
         drop = found.get("retrieval_drop")
         points = NONE_YET if drop is None else f"{100 * drop:.1f} points".replace("-", "\u2212")
-        kl = NONE_YET if measured is None else f"{number(measured)}<small>at {int(shortest):,} tokens</small>"
+        kl = NONE if quality else NONE_YET  # a bare encoder has none
+        if measured is not None:
+            kl = f"{number(measured)}<small>at {int(shortest):,} tokens</small>"
         predicted = [number(dig(entry, "predicted", kind)) for kind in ("kl", "needle")]
         if whole:
             predicted += [number(dig(entry, "measured", kind)) for kind in ("kl", "needle")]

@@ -259,8 +259,12 @@ def _auto_class(files: ModelFiles, source: ModelSource) -> Any:
     config = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
     own = config.get("attnconvert") or {}  # a checkpoint of ours says what is beneath
     name = own.get("base") or next(iter(config.get("architectures") or ()), None)
-    if name is None or source.trust_remote_code:
+    if source.trust_remote_code:
         return transformers.AutoModelForCausalLM
+    if name is None:  # the model type alone: an encoder unless it says that it decodes
+        auto = importlib.import_module("transformers.models.auto.modeling_auto")
+        masked = config.get("model_type") in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
+        return transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
     if auto := auto_class(name):
         return getattr(transformers, auto)
     raise UsageError(

@@ -70,7 +70,7 @@ def profile_table(profile: Mapping[str, Any]) -> Table:
             else:
                 row.append(_total(profile["output_error"][name][index], 3, mean=True))
         rows.append(row)
-    title = "Damage of each candidate, summed over the KV groups of a layer (nats per token)"
+    title = "Damage of each candidate, summed over the KV groups of a layer (nats)"
     return table(title if damaged else "Relative output error of each candidate, mean over heads", head, rows)
 
 

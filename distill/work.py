@@ -13,7 +13,7 @@ from ..convert.costs import Costs, require_costs
 from ..convert.costs_measure import here, measure_costs
 from ..convert.errors import UsageError
 from ..convert.files import read_json, write_json
-from ..convert.hosts.models import find_sites, is_encoder
+from ..convert.hosts.models import find_sites, has_head, is_encoder, positions_of, require_positions
 from ..convert.hosts.transformers import Site
 from ..convert.machine import versions
 from ..convert.passages import passages
@@ -83,11 +83,17 @@ class Work:
         """What damage is measured on: needle tasks, or for an encoder passages that a search should find."""
         if not is_encoder(self.model):
             return self.needles(settings, documents, seed)
+        require_positions(self.model, settings.length)
         how = settings.template, settings.cases, settings.length, seed
         return passages(self.model, self.tokenizer, documents, *how)
 
     def sequences(self, documents: Sequence[Document], count: int, length: int, seed: int) -> Tensor:
-        """(n, S) tokens, framed as the model expects them."""
+        """(n, S) tokens, framed as the model expects them.
+
+        Raises:
+            UsageError: the text is too short, or the model has no positions for so many tokens.
+        """
+        require_positions(self.model, length)
         around = frame(self.tokenizer) if is_encoder(self.model) else None
         return sequences(self.tokenizer, documents, count, length, seed, around)
 
@@ -95,9 +101,15 @@ class Work:
         """Whether evaluation will have the text it needs: better said now than after hours of training.
 
         Raises:
-            UsageError: it is too short, or overlaps the calibration text.
+            UsageError: it is too short, or overlaps the calibration text, or a gate is of what is not measured.
         """
-        settings = self.recipe.evaluate
+        settings, gates = self.recipe.evaluate, self.recipe.gates
+        encoder = is_encoder(self.model)
+        none = {"kv_ratio": encoder, "perplexity_ratio": encoder, "kl": encoder and not has_head(self.model)}
+        for name, absent in {**none, "cosine": not encoder}.items():
+            if absent and getattr(gates, name):
+                what = "an encoder" if encoder else "a language model"
+                raise UsageError(f"gates.{name}: nothing of the kind is measured of {what}; take it out of the recipe")
         refuse_overlap(self.calibration, self.heldout)
         for length in settings.lengths:
             self.sequences(self.heldout, settings.sequences, length, settings.seed)
@@ -120,7 +132,8 @@ class Work:
         wanted = [self.recipe.select, *(arm.select for arm in self.recipe.compare)]
         found = {n for settings in wanted for by_length in (settings.budgets or {}).values() for n in by_length}
         found |= set(self.recipe.evaluate.speed.lengths if self.recipe.evaluate.speed else ())
-        return sorted(found) or [2048, 8192]
+        most = positions_of(self.model)
+        return sorted(found) or ([2048, 8192] if most is None else [most // 2, most])
 
     def costs(
         self, lengths: Sequence[int] = (), batch: int | None = None, repeats: int = 3, again: bool = False

@@ -25,7 +25,7 @@ class Call:
     `valid` (B, seen + Q) is true for real tokens and None when all are. `softcap`, `sink_logits` (H,) and `limit` are
     the architecture's own: logit soft cap (Gemma 2), a learned logit per head in the normaliser (gpt-oss) and the
     model's own sliding window, in tokens. `keep` is false where nobody wants the state. `causal` is false where rows
-    read in both directions, as in encoders: such a call has no past (`seen` 0) and leaves no state.
+    read in both directions, as in encoders: such a call has no past (`seen` 0), and nobody keeps a state of it.
     """
 
     scale: float

@@ -68,11 +68,13 @@ def extended(old: FullState | None, k: Tensor, v: Tensor) -> FullState:
     if old is None:
         return _grown(k, v, k.shape[2])
     n, total = old.length, old.length + k.shape[2]
-    if total <= old.k.shape[2] and not (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)):
+    if total <= old.k.shape[2] and not torch.is_grad_enabled():  # autograd may hold the cache as it was
         old.k[:, :, n:total], old.v[:, :, n:total] = k, v
         return FullState(old.k, old.v, total)
-    k, v = (torch.cat([past[:, :, :n], new], 2) for past, new in ((old.k, k), (old.v, v)))
-    return _grown(k, v, total)
+    more = max(LEAST, total // SLACK)
+    both = ((old.k, k), (old.v, v))
+    k, v = (torch.cat([x[:, :, :n], new, new.new_empty(*new.shape[:2], more, new.shape[3])], 2) for x, new in both)
+    return FullState(k, v, total)
 
 
 def step(

@@ -36,7 +36,7 @@ def parameters(spec: Span, heads: int, kv_heads: int, dim: int) -> nn.Module | N
 
 
 def width(spec: Span, position: int, limit: int | None = None) -> int:
-    """The window of the row at this position among the real tokens, or the model's own where that is smaller."""
+    """The window of the row this far behind its first real token, or the model's own where that is smaller."""
     return spec.width(position) if limit is None else min(spec.width(position), limit)
 
 
@@ -50,6 +50,8 @@ def starts(call: Call, batch: int, length: int) -> list[int]:
     if call.valid is None:
         return [0] * batch
     valid = call.valid[:, :length]
+    if torch.compiler.is_compiling():
+        raise ValueError("spans and blocks read where padding ends, which a compiled graph cannot: pass no mask")
     found: list[int] = torch.where(valid.any(1), valid.long().argmax(1), length).tolist()
     return found
 
@@ -98,16 +100,16 @@ def attend(
     if old is not None:
         k, v = (torch.cat([past[:, :, :count], new], 2) for past, new in ((old.k, k), (old.v, v)))
     first, total = call.seen - count, call.seen + q.shape[2]
-    alike: dict[tuple[int, int], list[int]] = {}  # sequences with the same windows share their launches
+    counts = [total] * q.shape[0]
+    if call.valid is not None and not call.causal:
+        counts = call.valid[:, :total].sum(1).tolist()
+    alike: dict[tuple[tuple[int, int, int], ...], list[int]] = {}  # sequences with the same windows share launches
     for row, start in _firsts(call, q.shape[0], total):
-        alike.setdefault((start, 0 if call.causal else _tokens(call, row, total)), []).append(row)
+        alike.setdefault(tuple(_segments(spec, call, start, counts[row], total)), []).append(row)
     parts = []
-    for (start, tokens), rows in alike.items():
+    for segments, rows in alike.items():
         at = slice(None) if len(rows) == q.shape[0] else torch.tensor(rows, device=q.device)
-        pieces = [
-            _piece(q, k, v, call, sinks, at, begin, end, size, first)
-            for begin, end, size in _segments(spec, call, start, tokens, total)
-        ]
+        pieces = [_piece(q, k, v, call, sinks, at, begin, end, size, first) for begin, end, size in segments]
         parts.append(torch.cat(pieces, 2))
     order = torch.tensor([row for rows in alike.values() for row in rows], device=q.device).argsort()
     o = parts[0] if len(parts) == 1 else torch.cat(parts).index_select(0, order)

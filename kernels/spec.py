@@ -47,7 +47,7 @@ def _feature_map(value: object) -> None:
 @operator("full")
 @dataclass(frozen=True, kw_only=True)
 class Full:
-    """The model's own attention: every earlier token, softmax."""
+    """The model's own attention: softmax over every earlier token, and in an encoder over every token."""
 
 
 @operator("window")
@@ -91,7 +91,7 @@ class Span:
             raise ValueError(f"growth must be a number between 0 and 1, not {self.growth!r}")
 
     def width(self, position: int) -> int:
-        """The window of the row at this position among the real tokens."""
+        """The window of the row this far behind its first real token."""
         return self.size + self.steps(position) * STEP
 
     def steps(self, position: int) -> int:
@@ -144,6 +144,8 @@ class Linear:
 @dataclass(frozen=True, kw_only=True)
 class Hybrid:
     """Softmax over a window and sinks, linear attention over everything older, one normaliser for both.
+
+    In an encoder the window reaches both ways, and linear attention is over everything outside.
 
     Source: LoLCATs (Zhang et al., 2024), with sink tokens.
     """

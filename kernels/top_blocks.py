@@ -1,8 +1,8 @@
 """Block-sparse attention by pooled scores: softmax over the row's own block and the blocks before it that matter most.
 
-Positions count from the first real token of a sequence, so padding changes nothing. `rows` rows share a list, which the
-first query among them decides when it arrives: the mean keys of the blocks that are finished by then are all it needs,
-so prefill, chunks and decoding agree. The selection has no gradient.
+Positions count from the first real token of a sequence, so padding before it changes nothing. `rows` rows share a list,
+which the first query among them decides when it arrives: the mean keys of the blocks that are finished by then are all
+it needs, so prefill, chunks and decoding agree. The selection has no gradient.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .spec import TopBlocks
 from .torch_select import from_map
 
 FORCED = 2.0  # above every share
+SCORES = 2**24  # of row blocks and key blocks that are held at once
 
 
 @dataclass
@@ -61,10 +62,11 @@ def reference(spec: TopBlocks, q: Tensor, k: Tensor, v: Tensor, call: Call, lear
                     query, open_ = q[b, heads, at], own
                 else:
                     query, open_ = torch.stack([_mean(x[rows], real[b, rows]) for x in q[b, heads]]), len(blocks)
-                share = (query.to(means.dtype) @ means[:open_].T * call.scale).detach().softmax(-1).mean(0)
+                there = torch.tensor([bool(real[b, list(x)].any()) for x in blocks[:open_]], dtype=torch.bool)
+                scores = (query.to(means.dtype) @ means[:open_].T * call.scale).detach()
+                share = scores.masked_fill(~there.to(q.device), -torch.inf).softmax(-1).nan_to_num(0.0).mean(0)
                 for m in range(open_):
-                    forced = m in (0, own, own - 1)
-                    share[m] = FORCED if forced else share[m] if real[b, list(blocks[m])].any() else -1.0
+                    share[m] = -1.0 if not there[m] else FORCED if m in (0, own, own - 1) else share[m]
                 best = share.argsort(descending=True, stable=True)[: spec.keep + (not call.causal)].tolist()
                 for m in {*best, own}:
                     if m == own or share[m] >= 0:
@@ -105,7 +107,7 @@ def attend(
     parts = []
     for start in dict.fromkeys(firsts):
         rows = [b for b, first in enumerate(firsts) if first == start]
-        at = torch.tensor(rows, device=q.device)
+        at = slice(None) if len(rows) == batch else torch.tensor(rows, device=q.device)
         real = None if call.valid is None else call.valid[at, start:total]
         with torch.no_grad():
             done = 0 if old is None else max(0, call.seen - start) // spec.block
@@ -172,7 +174,7 @@ def _sequence(
                 query,
                 k[:, :, :end],
                 v[:, :, :end],
-                from_map(here, (spec.rows, spec.block)),
+                from_map(here, (spec.rows, spec.block), transposed=torch.is_grad_enabled()),
                 causal=call.causal,
                 scale=call.scale,
                 valid=None if real is None else real[:, :end],
@@ -186,15 +188,20 @@ def _sequence(
 
 @torch.no_grad()
 def _choose(spec: TopBlocks, q: Tensor, row: int, means: Tensor, real: Tensor | None, call: Call) -> Tensor:
-    """(B, Hk, N, M): the lists of the row blocks of q (B, H, Q, D), whose first stands at `row`."""
-    groups, blocks = means.shape[1:3]
-    count = -(-q.shape[2] // spec.rows)
-    own = (row + torch.arange(count, device=q.device) * spec.rows) // spec.block  # (N,)
-    m = torch.arange(blocks, device=q.device)
-    if call.causal:
-        query, open_ = q[:, :, :: spec.rows], m < own[:, None]
-    else:
-        query, open_ = _pooled(spec, q, real), torch.ones(count, blocks, dtype=torch.bool, device=q.device)
+    """(B, Hk, N, M): the lists of the row blocks of q (B, H, Q, D), whose first stands at `row`; some at a time."""
+    query = q[:, :, :: spec.rows] if call.causal else _pooled(spec, q, real)
+    step = max(1, SCORES // max(1, means.shape[2] * q.shape[0] * q.shape[1]))
+    starts = range(0, query.shape[2], step)
+    parts = [_best(spec, query[:, :, n : n + step], row + n * spec.rows, means, real, call) for n in starts]
+    return torch.cat(parts, 2)
+
+
+def _best(spec: TopBlocks, query: Tensor, row: int, means: Tensor, real: Tensor | None, call: Call) -> Tensor:
+    """The same for the deciding queries (B, H, N, D)."""
+    groups, blocks, count = *means.shape[1:3], query.shape[2]
+    own = (row + torch.arange(count, device=query.device) * spec.rows) // spec.block  # (N,)
+    m = torch.arange(blocks, device=query.device)
+    open_ = m < own[:, None] if call.causal else torch.ones(count, blocks, dtype=torch.bool, device=query.device)
     if real is not None:
         full = F.pad(real, (0, max(0, blocks * spec.block - real.shape[1])))[:, : blocks * spec.block]
         open_ = open_ & full.unflatten(1, (blocks, spec.block)).any(2)[:, None, None]  # (B, 1, N, M)
@@ -212,6 +219,7 @@ def _choose(spec: TopBlocks, q: Tensor, row: int, means: Tensor, real: Tensor | 
 def _pooled(spec: TopBlocks, q: Tensor, real: Tensor | None) -> Tensor:
     """Mean queries (B, H, N, D) of the row blocks, of their real rows."""
     pad = -q.shape[2] % spec.rows
+    q = q.to(torch.promote_types(q.dtype, torch.float32))
     counts = torch.ones_like(q[:, 0, :, 0]) if real is None else real.to(q.dtype)
     sums = F.pad(q * counts[:, None, :, None], (0, 0, 0, pad)).unflatten(2, (-1, spec.rows)).sum(3)
     means: Tensor = sums / F.pad(counts, (0, pad)).unflatten(1, (-1, spec.rows)).sum(2)[:, None, :, None].clamp_min(1)

@@ -51,11 +51,18 @@ def _pooled(x: Tensor, size: int) -> Tensor:
 
 
 def from_map(
-    chosen: Tensor, block: tuple[int, int], kinds: Tensor | None = None, patterns: Tensor | None = None
+    chosen: Tensor,
+    block: tuple[int, int],
+    kinds: Tensor | None = None,
+    patterns: Tensor | None = None,
+    transposed: bool = True,
 ) -> Blocks:
-    """Lists, in both directions, from chosen (Bl, Hl, NQ, NK) bool and the kind of each block, same shape."""
+    """Lists from chosen (Bl, Hl, NQ, NK) bool and the kind of each block, same shape.
+
+    Those by key block (`transposed`) are for gradients only.
+    """
     columns, starts, counts = _lists(chosen)
-    t_columns, t_starts, t_counts = _lists(chosen.transpose(-1, -2))
+    t_columns, t_starts, t_counts = _lists(chosen.transpose(-1, -2)) if transposed else (None, None, None)
     return Blocks(
         block=block,
         starts=starts,

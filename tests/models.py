@@ -28,6 +28,12 @@ DECODERS = {
     "phi3": {"num_key_value_heads": 2, "sliding_window": 12},
     "gpt_neox": {},
     "olmo2": {"num_key_value_heads": 2},
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256},
+    "starcoder2": {"num_key_value_heads": 2},
+    "smollm3": {"num_key_value_heads": 2},
+    "granite": {"num_key_value_heads": 2},
+    "mixtral": {"num_key_value_heads": 2, **EXPERTS},
+    "qwen3_moe": {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 2, "moe_intermediate_size": 32},
     "gpt_oss": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 12, **EXPERTS},
 }  # fmt: skip
 # Refused, each for its own reason
@@ -46,7 +52,7 @@ OTHERS = {
 }
 
 
-ENCODERS = ("bert", "roberta", "electra", "camembert", "xlm-roberta")
+ENCODERS = ("bert", "roberta", "electra", "camembert", "xlm-roberta", "albert")  # ALBERT has one layer for all
 
 
 def tiny(name, seed=0, auto=AutoModelForCausalLM, **changes):

@@ -27,7 +27,7 @@ from attnconvert.kernels.top_blocks import BlocksState
 SPECS = [Full(), Window(size=5, sinks=2), Window(size=1, sinks=0), Window(size=200, sinks=3), Linear()]
 SPECS += [Retention(window=8, keep=5, sinks=2, block=4), Retention(window=6, keep=3, sinks=0, block=1)]
 SPECS += [Span(size=5, growth=0.5, sinks=2), Span(size=2, growth=0.9, sinks=0)]
-SPECS += [TopBlocks(keep=2, block=32, rows=16)]
+SPECS += [TopBlocks(keep=2, block=32, rows=16), TopBlocks(keep=3, block=32, rows=16)]
 SPECS += [Hybrid(window=6, sinks=2), Hybrid(window=3, sinks=0), Hybrid(window=150, sinks=4)]
 MORE = [Linear(), Hybrid(window=16, sinks=2), Retention(window=16, keep=5, sinks=2, block=4)]
 SHAPES = [(1, 4, 2, 1, 8), (2, 3, 1, 37, 16), (1, 2, 2, 131, 8), (1, 4, 2, 300, 8)]  # B, H, Hk, S, D
@@ -127,6 +127,26 @@ def test_prefill_chunks_and_decode_agree(spec, sizes, padded):
     whole, end = operators.attend(spec, q, k, v, call, None, learned)
     pieces, state = feed(spec, q, k, v, call, sizes, learned)
     torch.testing.assert_close(pieces, whole, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(contents(state), contents(end), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("hole", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_blocks_chosen_by_score_agree_however_they_arrive(padded, hole):
+    """Long enough that the lists leave blocks out, with a block that holds padding only where there is a hole."""
+    shape, spec = (2, 6, 2, 250, 8), TopBlocks(keep=3, block=32, rows=16)
+    q, k, v = make(shape)
+    valid = left_padded(shape) if padded else torch.ones(2, 250, dtype=torch.bool)
+    valid[1, 96:128] &= not hole
+    call = call_of(shape, valid if padded or hole else None)
+    want = operators.of(spec).reference(spec, q, k, v, call)
+    found = top_blocks.lists(spec, q, k, call_of(shape))
+    assert (found.sum(-1) < torch.arange(16) // 2).any(), "some blocks are left out"
+    whole, end = operators.attend(spec, q, k, v, call)
+    real = valid[:, None, :, None].expand_as(want)
+    torch.testing.assert_close(whole[real], want[real], atol=1e-10, rtol=1e-10)
+    pieces, state = feed(spec, q, k, v, call, [70, 1, 1, 9, 90, 79], None)
+    torch.testing.assert_close(pieces[real], whole[real], atol=1e-10, rtol=1e-10)
     torch.testing.assert_close(contents(state), contents(end), atol=1e-10, rtol=1e-10)
 
 

@@ -1,12 +1,13 @@
 """Refinement against a joint damage that is not the sum of the single ones."""
 
 import dataclasses
+import itertools
 
 import pytest
 from test_selection import NARROW, make_profile, settings_of
 
 from attnconvert.convert.damage import joint_loss
-from attnconvert.convert.refinement import chosen_groups, refine
+from attnconvert.convert.refinement import _nearer, _scores, chosen_groups, refine
 from attnconvert.convert.selection import select
 from attnconvert.kernels.spec import label
 
@@ -84,3 +85,17 @@ def test_refinement_stops_where_the_plan_is_settled(monkeypatch):
 def test_the_budget_holds_in_every_round():
     best, _ = refined(4)
     assert best.plan.converted == pytest.approx(0.5)
+
+
+def test_plans_that_change_less_are_tried_and_told_in_their_own_losses():
+    """Around the first plan the scores ask for several changes at once; some fewer are tried as well."""
+    settings = settings_of(groups=0.5, needle_weight=1.0)
+    first = select(PROFILE, settings, "tiny").plan
+    around = _scores(marginal(chosen_groups(PROFILE, first)), settings)
+    tried = list(_nearer(PROFILE, first, around, lambda scores: select(PROFILE, settings, "tiny", scores=scores)))
+    counts = [int(name.split(", ")[1].split()[0]) for name, _ in tried]
+    assert len(counts) >= 2
+    assert all(0 < after <= before // 2 for before, after in itertools.pairwise(counts))
+    for name, found in tried:  # what a change was charged is no loss
+        groups = chosen_groups(PROFILE, found.plan)
+        assert found.loss == pytest.approx(sum(around[group][label(NARROW)] for group in groups)), name

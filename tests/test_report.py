@@ -22,7 +22,8 @@ from attnconvert.convert.recipe import parse_recipe
 from attnconvert.convert.report import write_report
 from attnconvert.convert.report_comparison import conclusions
 from attnconvert.convert.report_html import duration, number, percent, ratio, size
-from attnconvert.convert.report_selection import spearman, thumbnail
+from attnconvert.convert.report_masks import thumbnail
+from attnconvert.convert.report_selection import spearman
 from attnconvert.convert.runs import Run
 from attnconvert.kernels.spec import Full, Hybrid, Linear, Retention, Span, Window
 

@@ -6,8 +6,11 @@ Beside transformers.py, which an exported checkpoint carries, this is the only f
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
 from ...kernels.spec import Spec
+from ..errors import UsageError
 from .transformers import NAME, Conversion, Site, Unsupported, all_full, submodule
 
 
@@ -38,10 +42,10 @@ def find_sites(model: PreTrainedModel, tolerance: float = 1e-5) -> list[Site]:
     def record(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
     ) -> Any:
-        if module in seen:
-            raise Unsupported(f"{type(module).__name__} is called more than once in a pass, with one cache layer")
         heads, kv_heads, own = query.shape[1], key.shape[1], kwargs.get("sliding_window")
         causal = bool(getattr(module, "is_causal", True)) and kwargs.get("is_causal") is not False
+        if module in seen and causal:
+            raise Unsupported(f"{type(module).__name__} is called more than once in a pass, with one cache layer")
         if key.shape[2] != query.shape[2]:
             raise Unsupported(f"{type(module).__name__} reads another sequence than its own: that is not converted")
         if not causal and own is not None:
@@ -84,6 +88,11 @@ def find_sites(model: PreTrainedModel, tolerance: float = 1e-5) -> list[Site]:
         )
     if len({site.layer for site in sites}) < len(sites):
         raise Unsupported(f"{type(model).__name__} gives one layer index to several attentions, so they share a cache")
+    if any(site.causal is is_encoder(model) for site in sites):
+        says = "reads in one direction and cannot generate" if is_encoder(model) else "reads in both and generates"
+        raise Unsupported(
+            f"{type(model).__name__} {says}: converted are causal language models, and encoders loaded as such"
+        )
     _check_full(model, sites, ids, tolerance)
     return sorted(sites, key=lambda s: s.layer)
 
@@ -109,16 +118,19 @@ def _check_full(model: PreTrainedModel, sites: list[Site], ids: Tensor, toleranc
     The model's own is its eager attention, the definition: sdpa leaves out soft caps in transformers before 5.22.
     """
     _refuse_layer_types(model)
-    stock: dict[str, Tensor] = {}
-    errors: dict[str, float] = {}
+    stock: dict[str, list[Tensor]] = {}
+    errors: list[tuple[str, float]] = []
 
     def keep(name: str) -> Any:
-        return lambda module, args, output: stock.__setitem__(name, output[0])
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            stock.setdefault(name, []).append(output[0])
+
+        return hook
 
     def compare(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            want = stock[name]
-            errors[name] = ((output[0] - want).abs().max() / want.abs().max().clamp_min(1e-6)).item()
+            want = stock[name].pop(0)
+            errors.append((name, ((output[0] - want).abs().max() / want.abs().max().clamp_min(1e-6)).item()))
             return (want, *output[1:])  # the next site sees what it saw before
 
         return hook
@@ -135,7 +147,7 @@ def _check_full(model: PreTrainedModel, sites: list[Site], ids: Tensor, toleranc
     finally:
         conversion.remove()
     limit = max(tolerance, 8 * torch.finfo(model.dtype).eps)
-    for name, error in errors.items():
+    for name, error in errors:
         if not error <= limit:
             raise Unsupported(
                 f"{name} ({type(model).__name__}): with every head full it differs from the untouched model by "
@@ -267,13 +279,54 @@ def trunk(model: PreTrainedModel) -> nn.Module:
     return inner
 
 
+def pooled(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Sentence embeddings (B, C) from last hidden states (B, S, C) without padding, pooled as the model's folder says.
+
+    Raises:
+        Unsupported: its pooling is neither the mean of the tokens nor the first of them.
+    """
+    return hidden[:, 0] if _pooling(str(model.config._name_or_path)) == "cls_token" else hidden.mean(1)
+
+
+@functools.lru_cache
+def _pooling(folder: str) -> str:
+    """How a sentence-transformers folder pools, by its own word; the mean where it says nothing."""
+    file = Path(folder) / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return "mean_tokens"
+    given = json.loads(file.read_text(encoding="utf-8"))
+    prefix = "pooling_mode_"
+    modes = [name.removeprefix(prefix) for name, on in given.items() if name.startswith(prefix) and on is True]
+    if modes not in (["mean_tokens"], ["cls_token"]):
+        raise Unsupported(f"{file} pools by {' and '.join(modes) or 'nothing'}: known are the mean and the first token")
+    return modes[0]
+
+
+def require_positions(model: PreTrainedModel, length: int) -> None:
+    """Raises UsageError where a model that learned its positions has none for so many tokens."""
+    most = positions_of(model)
+    if most is not None and length > most:
+        raise UsageError(f"{type(model).__name__} has positions for {most} tokens, {length} are asked for")
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many tokens a model has learned positions for; None where positions are computed."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == most]
+    if most is None or not tables:
+        return None
+    named = [m for name, m in model.named_modules() if m in tables and "position" in name]
+    padding = next((m.padding_idx for m in named if m.padding_idx is not None), None)
+    return int(most) - (0 if padding is None else padding + 1)  # RoBERTa counts from behind its padding
+
+
 def has_head(model: PreTrainedModel) -> bool:
     """Whether it puts out logits, and not hidden states only."""
     return trunk(model) is not model
 
 
 def is_encoder(model: PreTrainedModel) -> bool:
-    """Whether it cannot generate: texts go in, embeddings or masked tokens come out."""
+    """Whether it cannot generate: texts go in, embeddings or masked tokens come out. `find_sites` checks the rest."""
     return not model.can_generate()
 
 

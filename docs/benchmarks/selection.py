@@ -43,6 +43,7 @@ from attnconvert.kernels.spec import Spec, label
 HERE = Path(__file__).parent
 RESULTS = HERE / "selection.json"
 RECIPES = {"SmolLM2": "selection-study.yaml", "MiniLM": "selection-study-minilm.yaml"}
+SCHEMA = 2
 DOMAINS = ("speeches", "code")
 BUDGETS = (0.6, 0.75)  # share of the KV groups that is converted
 TEMPLATES = ("account", "train", "shelf")  # one per seed; none of them is profiled on
@@ -81,11 +82,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     track = rich_track()
-    studied = read_json(given.results)["models"] if given.results.exists() else {}
+    before = read_json(given.results) if given.results.exists() else {}
+    studied = before["models"] if before.get("schema") == SCHEMA else {}
     for model in given.models:
         for found in study(model, given, track):  # what is known after each seed, so that it can be read meanwhile
             studied[model] = found
-            write_json(given.results, {"schema": 2, "command": "make study", "models": studied})
+            write_json(given.results, {"schema": SCHEMA, "command": "make study", "models": studied})
     if given.results == RESULTS:
         selection_tables.write(studied)
 
@@ -135,8 +137,9 @@ def one_seed(
 
 
 def learning(model: str, out: Path, other: Work, track: Track) -> Profile:
-    """The profile of candidates that learn, after their brief attention transfer; one seed, two cases."""
-    changes = [f"profile.candidates={LEARNING[model]}", "profile.gates=[]", "profile.needles.cases=2"]
+    """The profile of candidates that learn, after their brief attention transfer; one seed, of texts two cases."""
+    changes = [f"profile.candidates={LEARNING[model]}", "profile.gates=[]"]
+    changes += [] if is_encoder(other.model) else ["profile.needles.cases=2"]
     work = Work(Run.create(load_recipe(HERE / RECIPES[model], changes), out / model / "learning"), track)
     work.__dict__["_loaded"] = other._loaded
     pipeline.run_stages(work, "profile")

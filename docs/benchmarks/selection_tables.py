@@ -127,5 +127,6 @@ def spread(rows: list[Mapping[str, Any]], name: str, digits: int = 2) -> str:
 
 
 if __name__ == "__main__":
-    write(json.loads((HERE / "selection.json").read_text())["models"])
-    write_lengths(json.loads((HERE / "lengths.json").read_text()))
+    for name, table in (("selection.json", lambda found: write(found["models"])), ("lengths.json", write_lengths)):
+        if (HERE / name).exists():
+            table(json.loads((HERE / name).read_text()))
