@@ -69,7 +69,7 @@ def encoding(teacher: Any, student: Any, ids: Tensor, batch: int, track: Track, 
     for rows in track(ids.split(batch), title):
         rows = rows.to(teacher.device)
         want, got = (models.trunk(model)(rows).last_hidden_state.float() for model in (teacher, student))
-        cosines += F.cosine_similarity(*(models.pooled(teacher, x) for x in (want, got))).tolist()
+        cosines += F.cosine_similarity(models.pooled(teacher, want), models.pooled(teacher, got)).tolist()
         total["error"] += (got - want).square().sum().item()
         total["square"] += want.square().sum().item()
         if models.has_head(teacher):

@@ -135,8 +135,10 @@ def _nearer(
     price, top = 0.0, max((x for row in around.values() for x in row.values()), default=0.0)
     while count:
         # what was charged is no loss, and the bound is that of the charged program
-        plain = {"loss": found.loss - price * charges(found) if found.loss is not None else None}
-        told = dataclasses.replace(found, **plain, bound=None, gap=None, prices={}, switches={}) if price else found
+        told = found
+        if price and found.loss is not None:
+            loss = found.loss - price * charges(found)
+            told = dataclasses.replace(found, loss=loss, bound=None, gap=None, prices={}, switches={})
         yield f"around the plan, {count} changes", told
         most = min(most, count) // 2
         if not most:

@@ -262,8 +262,8 @@ def _auto_class(files: ModelFiles, source: ModelSource) -> Any:
     if source.trust_remote_code:
         return transformers.AutoModelForCausalLM
     if name is None:  # the model type alone: an encoder unless it says that it decodes
-        auto = importlib.import_module("transformers.models.auto.modeling_auto")
-        masked = config.get("model_type") in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
+        known = importlib.import_module("transformers.models.auto.modeling_auto")
+        masked = config.get("model_type") in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
         return transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
     if auto := auto_class(name):
         return getattr(transformers, auto)

@@ -299,7 +299,7 @@ def _pooling(folder: str) -> str:
     modes = [name.removeprefix(prefix) for name, on in given.items() if name.startswith(prefix) and on is True]
     if modes not in (["mean_tokens"], ["cls_token"]):
         raise Unsupported(f"{file} pools by {' and '.join(modes) or 'nothing'}: known are the mean and the first token")
-    return modes[0]
+    return str(modes[0])
 
 
 def require_positions(model: PreTrainedModel, length: int) -> None:
