@@ -33,7 +33,7 @@ DECODERS = {
     "smollm3": {"num_key_value_heads": 2},
     "granite": {"num_key_value_heads": 2},
     "mixtral": {"num_key_value_heads": 2, **EXPERTS},
-    "qwen3_moe": {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 2, "moe_intermediate_size": 32},
+    "qwen3_moe": {"num_key_value_heads": 2, "num_experts": 2, "moe_intermediate_size": 32, **EXPERTS},
     "gpt_oss": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 12, **EXPERTS},
 }  # fmt: skip
 # Refused, each for its own reason

@@ -117,13 +117,13 @@ def test_the_chunked_loss_is_the_kl_and_has_its_gradient():
 
 def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(tmp_path, monkeypatch):
     model, count = tiny("llama"), []
-    real = loop.distillation
+    real = loop.difference
 
     def broken(*args):
         count.append(0)
         return real(*args) * (float("nan") if len(count) == 4 else 1.0)
 
-    monkeypatch.setattr(loop, "distillation", broken)
+    monkeypatch.setattr(loop, "difference", broken)
     with pytest.raises(Diverged, match=r"diverged at step 3: loss nan.*last good checkpoint is .*lora\.safetensors"):
         distill(model, plan_of(model), samples_of(), settings_of(epochs=2), tmp_path, silent)
     assert (tmp_path / "lora.safetensors").exists()
