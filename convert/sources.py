@@ -256,7 +256,8 @@ def _auto_class(files: ModelFiles, source: ModelSource) -> Any:
     transformers = importlib.import_module("transformers")
     if files.gguf:
         return transformers.AutoModelForCausalLM
-    config = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
+    with _explained(files, "model"):
+        config = dict(json.loads((files.folder / "config.json").read_text(encoding="utf-8")))
     own = config.get("attnconvert") or {}  # a checkpoint of ours says what is beneath
     name = own.get("base") or next(iter(config.get("architectures") or ()), None)
     if source.trust_remote_code:
