@@ -256,8 +256,10 @@ def _auto_class(files: ModelFiles, source: ModelSource) -> Any:
     transformers = importlib.import_module("transformers")
     if files.gguf:
         return transformers.AutoModelForCausalLM
-    with _explained(files, "model"):
+    try:
         config = dict(json.loads((files.folder / "config.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError):  # no configuration: loading says what is wrong with it
+        return transformers.AutoModelForCausalLM
     own = config.get("attnconvert") or {}  # a checkpoint of ours says what is beneath
     name = own.get("base") or next(iter(config.get("architectures") or ()), None)
     if source.trust_remote_code:
