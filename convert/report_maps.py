@@ -221,8 +221,8 @@ def _candidate_maps(run: Artefacts, name: str, pictures: dict[str, str | bytes])
         parts.append(_named(f"{name}: {title}", picture, words, f"{file}-{name}.svg", pictures))
     damage = dig(run.profile, "damage", name, default={})
     for kind, colour, title, words in (
-        ("kl", KL, "damage to the text", "KL of the logits, nats per token"),
-        ("needle", NEEDLE, "damage to retrieval", "rise of the needle loss, nats per token"),
+        ("kl", KL, "damage to the text", "KL to the teacher, nats"),
+        ("needle", NEEDLE, "damage to retrieval", "rise of the needle loss, nats"),
     ):
         picture = _heat(run.sites, damage.get(kind) or [], colour, "log scale", per_head=False)
         parts.append(_named(f"{name}: {title}", picture, words, f"damage-{name}-{kind}.svg", pictures))
