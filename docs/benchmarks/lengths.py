@@ -43,7 +43,7 @@ OPERATORS: tuple[Spec, ...] = (
     TopBlocks(keep=3, block=32, rows=16),
     TopBlocks(keep=4, block=64, rows=32),
 )
-TEXTS = {1024: 8, 2048: 8, 4096: 2}  # sequences by length
+TEXTS = {1024: 8, 2048: 8, 4096: 1}  # sequences by length
 SEED = 1
 
 
