@@ -278,7 +278,7 @@ def retrieval_score(profile: Profile, group: Group) -> float | None:
 
 def usual_length(profile: Profile) -> int:
     """At which costs are compared where nobody names a length: 8,192 tokens, or what an encoder was profiled on."""
-    if all(site.causal for site in profile.sites):
+    if profile.causal:
         return LENGTH
     return int(profile.data.get("length") or LENGTH)
 
@@ -286,7 +286,7 @@ def usual_length(profile: Profile) -> int:
 def refuse_budgets(profile: Profile, settings: SelectSettings) -> None:
     """Raises UsageError where a budget is of what an encoder does not do."""
     wrong = sorted({"decode_ms", "kv_bytes"} & set(settings.budgets or ()))
-    if wrong and not all(site.causal for site in profile.sites):
+    if wrong and not profile.causal:
         raise UsageError(
             f"select.budgets.{wrong[0]}: this model reads in both directions, so it decodes nothing and has no cache; "
             "budgets of an encoder are prefill_ms and flops"
@@ -303,8 +303,7 @@ def _budgets(profile: Profile, settings: SelectSettings, costs: Costs) -> list[B
         if settings.layers > count:
             raise UsageError(f"select.layers asks for {settings.layers} layers, the model has {count}: ask for fewer")
         return [_counted("layers", count - settings.layers, count, settings.layers)]
-    generates = all(site.causal for site in profile.sites)
-    saved = "kv_bytes" if generates else "flops"
+    saved = "kv_bytes" if profile.causal else "flops"
     given = settings.budgets or ({saved: {usual_length(profile): "100%"}} if settings.keep_quality is not None else {})
     refuse_budgets(profile, settings)
     found = []

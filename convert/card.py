@@ -71,9 +71,9 @@ def model_card(
         manifest: of the run; base_class: the stock class, such as LlamaForCausalLM; evaluation: evaluation.json, or
             None if the export came first.
     """
-    from .hosts.registration import auto_class
+    from .hosts.registration import loader
 
-    auto = auto_class(base_class) or "AutoModelForCausalLM"
+    auto = loader(base_class)
     generates = auto == "AutoModelForCausalLM"
     parts = [
         _front_matter(recipe, auto, evaluation),

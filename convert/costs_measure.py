@@ -29,7 +29,7 @@ from .costs import MACHINE, Costs
 from .costs_model import PHASES, Layer, Row
 from .files import read_json, stored, write_json
 from .hosts import models
-from .hosts.transformers import Conversion, Site, SiteOperators, all_full, refusal
+from .hosts.transformers import Site, SiteOperators, all_full, refusal
 from .machine import hardware, versions
 
 if TYPE_CHECKING:
@@ -288,16 +288,12 @@ class Bench:
         who = [type(model).__name__, str(model.config._name_or_path), model.num_parameters(), [s.name for s in sites]]
         phases = PHASES[:1] if models.is_encoder(model) else PHASES
         found: dict[str, dict[int, float]] = {phase: {} for phase in phases}
-        conversion = Conversion(model, all_full(sites))
-        try:
-            with conversion.observe(_answer_at_once):
-                for length in track(lengths, "rest of the model"):
-                    path = folder / f"rest-{_digest(who)}-{self.repeats}-{length}.json"
-                    samples = stored(path, functools.partial(self._rest_samples, model, length))
-                    for phase in phases:
-                        found[phase][length] = 1e3 * statistics.median(samples[phase])
-        finally:
-            conversion.remove()
+        with models.converted(model, all_full(sites)) as conversion, conversion.observe(_answer_at_once):
+            for length in track(lengths, "rest of the model"):
+                path = folder / f"rest-{_digest(who)}-{self.repeats}-{length}.json"
+                samples = stored(path, functools.partial(self._rest_samples, model, length))
+                for phase in phases:
+                    found[phase][length] = 1e3 * statistics.median(samples[phase])
         return found
 
     def _rest_samples(self, model: Any, length: int) -> dict[str, list[float]]:

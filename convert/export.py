@@ -27,7 +27,7 @@ from ..kernels.spec import Spec
 from .errors import AttnConvertError
 from .files import read_json, sha256_file, write_bytes, write_json, write_text
 from .hosts.models import is_encoder
-from .hosts.registration import auto_class
+from .hosts.registration import loader
 from .hosts.transformers import NAME, Site, SiteOperators, plan_block
 from .runs import DONE, KEY
 
@@ -84,7 +84,7 @@ def export(
     config[NAME] = {"version": __version__, **plan_block(base.__name__, plan)}
     config["auto_map"] = {
         "AutoConfig": f"configuration_{NAME}.{converted_config}",
-        _auto(base.__name__): f"modeling_{NAME}.{converted}",
+        loader(base.__name__): f"modeling_{NAME}.{converted}",
     }
     write_json(folder / "config.json", config)
     _keep_pooling(Path(str(student.config._name_or_path)), folder)
@@ -94,10 +94,6 @@ def export(
     kept = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in own]
     sums = [f"{sha256_file(p)}  {p.relative_to(folder).as_posix()}" for p in kept]
     write_text(folder / "SHA256SUMS", "\n".join(sums) + "\n")
-
-
-def _auto(base: str) -> str:
-    return auto_class(base) or "AutoModelForCausalLM"
 
 
 def _keep_pooling(source: Path, folder: Path) -> None:
@@ -219,7 +215,7 @@ def verify(student: Any, folder: Path) -> dict[str, Any]:
     for way in ("remote", "installed"):
         with tempfile.TemporaryDirectory() as where:
             save_file({"ids": ids.cpu()}, f"{where}/expected.safetensors")
-            check = CHECK.replace("{probe}", probe).replace("{auto}", _auto(_base(student)))
+            check = CHECK.replace("{probe}", probe).replace("{auto}", loader(_base(student)))
             found = _load_elsewhere(check, folder, where, way, str(student.device))
             there = load_file(f"{where}/found.safetensors")
         errors = [_relative_error(there[key], here[key]) for key in ("uncached", "continued")]

@@ -170,4 +170,4 @@ def _resource(settings: SelectSettings, costs: Costs | None, profile: Profile) -
     for resource, amounts in (settings.budgets or {}).items():
         if not resource.endswith("_ms") or (costs is not None and costs.rows):
             return resource, next(iter(amounts))
-    return "kv_bytes" if all(site.causal for site in profile.sites) else "flops", usual_length(profile)
+    return "kv_bytes" if profile.causal else "flops", usual_length(profile)

@@ -100,7 +100,7 @@ def probabilities(q: Tensor, k: Tensor, call: Call, at: Tensor) -> Tensor:
     s = logits(grouped(q, k.shape[1])[..., at, :], k[:, :, None], call).flatten(1, 2)
     i = torch.arange(k.shape[2], device=q.device)
     distance = at[:, None] - i
-    allowed = distance >= 0 if call.causal else torch.ones_like(distance, dtype=torch.bool)
+    allowed = call.reach(distance)
     if call.limit is not None:
         allowed = allowed & (distance.abs() < call.limit)
     s = s.masked_fill(~allowed, -torch.inf)
@@ -267,7 +267,7 @@ def kept_mass(spec: Spec, q: Tensor, k: Tensor, v: Tensor, call: Call, sampled: 
 def window_reads(spec: Window | Span | Hybrid, call: Call, at: Tensor, length: int) -> Tensor:
     """(R, S): whether row at[r] reads token s."""
     distance = at[:, None] - torch.arange(length, device=at.device)
-    reached = distance >= 0 if call.causal else torch.ones_like(distance, dtype=torch.bool)
+    reached = call.reach(distance)
     if isinstance(spec, Span):
         sizes = [span.width(spec, int(i) if call.causal else length, call.limit) for i in at]
     else:

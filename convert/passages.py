@@ -86,8 +86,8 @@ def passages(
         UsageError: the text is too short, or the passages are too short for the fact.
     """
     generator = rng("passages", seed, template, length)
-    texts = sequences(tokenizer, documents, bank + cases, length, seed, frame(tokenizer))
     start, end = frame(tokenizer)
+    texts = sequences(tokenizer, documents, bank + cases, length, seed, (start, end))
     ids, asked = [], []
     for case in range(cases):
         words = hidden_fact(TEMPLATES[template], generator)

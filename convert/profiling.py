@@ -71,6 +71,11 @@ class Profile:
     data: dict[str, Any]
     seconds: float
 
+    @property
+    def causal(self) -> bool:
+        """Whether the model decodes; an encoder's rows read in both directions."""
+        return all(site.causal for site in self.sites)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -167,25 +167,24 @@ def _conclusion(name: str, arms: Mapping[str, Any]) -> str:
 
 def _bytes(shown: str, student: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """The beginning of the sentence: whether the arms are equally large; of encoders, whether they work as much."""
-    worked = set(dig(student, "flops_ratio", default={})) & set(dig(other, "flops_ratio", default={}))
-    if encodes({"student": student}) and worked:
-        length = max(worked, key=int)
-        ours, theirs = student["flops_ratio"][length], other["flops_ratio"][length]
-        if abs(ours - theirs) <= EQUAL_BYTES * max(ours, theirs):
-            return f"At equal work ({ratio(ours)} of the attention FLOPs at {tokens(length)} tokens)"
-        word = "more" if theirs > ours else "less"
-        work = f"{ratio(theirs)} of the attention FLOPs, the student {ratio(ours)}"
-        return f"<code>{shown}</code> computes {word} ({work}), and"
-    shared = set(dig(student, "kv_bytes", default={})) & set(dig(other, "kv_bytes", default={}))
+    work = encodes({"student": student})
+    field = "flops_ratio" if work else "kv_bytes"
+    shared = set(dig(student, field, default={})) & set(dig(other, field, default={}))
     if not shared:
         return "At bytes that were not compared,"
     length = max(shared, key=int)
-    ours, theirs = student["kv_bytes"][length], other["kv_bytes"][length]
-    if abs(ours - theirs) <= EQUAL_BYTES * max(ours, theirs):
-        return f"At equal bytes ({size(ours)} at {tokens(length)} tokens)"
-    word = "more" if theirs > ours else "fewer"
-    at = f"at {tokens(length)} tokens"
-    return f"<code>{shown}</code> keeps {word} bytes ({size(theirs)}, the student {size(ours)} {at}), and"
+    ours, theirs = student[field][length], other[field][length]
+    more, at = theirs > ours, f"at {tokens(length)} tokens"
+    equal = abs(ours - theirs) <= EQUAL_BYTES * max(ours, theirs)
+    if work and equal:
+        return f"At equal work ({ratio(ours)} of the attention FLOPs {at})"
+    if work:
+        told = f"{ratio(theirs)} of the attention FLOPs, the student {ratio(ours)}"
+        return f"<code>{shown}</code> computes {'more' if more else 'less'} ({told}), and"
+    if equal:
+        return f"At equal bytes ({size(ours)} {at})"
+    told = f"{size(theirs)}, the student {size(ours)} {at}"
+    return f"<code>{shown}</code> keeps {'more' if more else 'fewer'} bytes ({told}), and"
 
 
 def _compare(student: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, int, str]]:

@@ -25,7 +25,8 @@ from transformers import (
 
 from ..convert.errors import AssetMissing, UsageError
 from ..convert.files import replacing
-from ..convert.hosts.transformers import Conversion, Site, all_full
+from ..convert.hosts import models
+from ..convert.hosts.transformers import Site, all_full
 from ..convert.text import rng, sequences
 
 if TYPE_CHECKING:
@@ -80,11 +81,8 @@ def sample(
     The teacher runs on our own full attention, which decodes grouped heads without repeating keys: several times faster
     on CPU than the stock path, and equal to it.
     """
-    conversion = Conversion(model, all_full(sites))
-    try:
+    with models.converted(model, all_full(sites)):
         _make_shards(model, starts, settings, folder, track)
-    finally:
-        conversion.remove()
 
 
 def _make_shards(model: Any, starts: Tensor, settings: SampleSettings, folder: Path, track: Track) -> None:

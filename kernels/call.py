@@ -47,6 +47,10 @@ class Call:
             return self
         return dataclasses.replace(self, sink_logits=self.sink_logits[index])
 
+    def reach(self, distance: Tensor) -> Tensor:
+        """Which of these distances i − j a row may read at all: of earlier tokens, or where not causal every one."""
+        return distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
+
     def real(self, start: int, stop: int) -> Tensor | None:
         """(B, stop - start): which of these positions hold real tokens; None when all do."""
         return None if self.valid is None else self.valid[:, start:stop]
@@ -127,3 +131,13 @@ def softmax_terms(s: Tensor, allowed: Tensor, v: Tensor, sink: Tensor | None = N
     if sink is not None:
         total = total + torch.exp(sink - top)
     return p @ v.to(p.dtype), total, top
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, call: Call, allowed: Tensor) -> Tensor:
+    """Softmax over the allowed pairs, the definition of what reads by softmax alone. A row without any gives 0.
+
+    q (B, H, S, D), k, v (B, Hk, S, D); `allowed` broadcastable to (B, Hk, G, S, S). → (B, H, S, D)
+    """
+    s = logits(grouped(q, k.shape[1]), k[:, :, None], call)
+    number, total, _ = softmax_terms(s, allowed, v[:, :, None], sink_column(call, s))
+    return (number / total.clamp_min(torch.finfo(total.dtype).tiny)).flatten(1, 2).to(q.dtype)

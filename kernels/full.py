@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import window
-from .call import Call, Cost, Shape, grouped, logits, sink_column, softmax_terms
+from .call import Call, Cost, Shape, dense
 from .launch import Piece
 from .problem import Part
 from .spec import Full, Window
@@ -35,14 +35,12 @@ def reference(spec: Full, q: Tensor, k: Tensor, v: Tensor, call: Call, learned: 
     """The definition, dense: q (B, H, S, D), k, v (B, Hk, S, D), no state. → (B, H, S, D)"""
     i = torch.arange(q.shape[2], device=q.device)
     distance = i[:, None] - i  # (S, S)
-    allowed = distance >= 0 if call.causal else torch.ones_like(distance, dtype=torch.bool)
+    allowed = call.reach(distance)
     if call.limit is not None:
         allowed = allowed & (distance.abs() < call.limit)
     if call.valid is not None:
         allowed = allowed & call.valid[:, None, None, None, :]
-    s = logits(grouped(q, k.shape[1]), k[:, :, None], call)
-    number, total, _ = softmax_terms(s, allowed, v[:, :, None], sink_column(call, s))
-    return (number / total.clamp_min(torch.finfo(total.dtype).tiny)).flatten(1, 2).to(q.dtype)
+    return dense(q, k, v, call, allowed)
 
 
 def piece(

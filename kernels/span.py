@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .call import Call, Cost, Shape, grouped, logits, sink_column, softmax_terms
+from . import ops, window
+from .call import Call, Cost, Shape, dense
 from .problem import EMPTY, Extra
-from .spec import STEP, Span
+from .spec import STEP, Span, Window
 from .window import find_sinks, sink_positions
 
 
@@ -60,33 +60,29 @@ def reference(spec: Span, q: Tensor, k: Tensor, v: Tensor, call: Call, learned: 
     """The definition, dense: q (B, H, S, D), k, v (B, Hk, S, D), no state. → (B, H, S, D)"""
     batch, length = q.shape[0], q.shape[2]
     i = torch.arange(length, device=q.device)
-    sizes = torch.tensor([_row_widths(spec, call, start, row, length) for row, start in _firsts(call, batch, length)])
+    both = zip(starts(call, batch, length), _counts(call, batch, length), strict=True)
+    sizes = torch.tensor([_row_widths(spec, call, start, tokens, length) for start, tokens in both])
     distance = i[:, None] - i
-    reached = distance >= 0 if call.causal else torch.ones_like(distance, dtype=torch.bool)
+    reached = call.reach(distance)
     is_sink = (sink_positions(call, batch, length, spec.sinks, q.device)[:, :, None] == i).any(1)  # (B, S)
     near = distance.abs() < sizes.to(q.device)[:, :, None]  # (B, S, S)
     allowed = reached & (near | is_sink[:, None])
     if call.valid is not None:
         allowed = allowed & call.valid[:, None, :length]
-    s = logits(grouped(q, k.shape[1]), k[:, :, None], call)
-    number, total, _ = softmax_terms(s, allowed[:, None, None], v[:, :, None], sink_column(call, s))
-    return (number / total.clamp_min(torch.finfo(total.dtype).tiny)).flatten(1, 2).to(q.dtype)
+    return dense(q, k, v, call, allowed[:, None, None])
 
 
-def _firsts(call: Call, batch: int, length: int) -> Iterator[tuple[int, int]]:
-    return iter(enumerate(starts(call, batch, length)))
+def _row_widths(spec: Span, call: Call, start: int, tokens: int, length: int) -> list[int]:
+    """The window of every row of a sequence with so many real tokens."""
+    return [width(spec, i - start if call.causal else tokens, call.limit) for i in range(length)]
 
 
-def _row_widths(spec: Span, call: Call, start: int, row: int, length: int) -> list[int]:
-    """The window of every row of a sequence."""
-    if call.causal:
-        return [width(spec, i - start, call.limit) for i in range(length)]
-    return [width(spec, _tokens(call, row, length), call.limit)] * length
-
-
-def _tokens(call: Call, row: int, length: int) -> int:
-    """Real tokens of a sequence."""
-    return length if call.valid is None else int(call.valid[row, :length].sum())
+def _counts(call: Call, batch: int, length: int) -> list[int]:
+    """Real tokens by batch row, which only a call that is not causal asks for."""
+    if call.valid is None or call.causal:
+        return [length] * batch
+    counts: list[int] = call.valid[:, :length].sum(1).tolist()
+    return counts
 
 
 def attend(
@@ -100,11 +96,9 @@ def attend(
     if old is not None:
         k, v = (torch.cat([past[:, :, :count], new], 2) for past, new in ((old.k, k), (old.v, v)))
     first, total = call.seen - count, call.seen + q.shape[2]
-    counts = [total] * q.shape[0]
-    if call.valid is not None and not call.causal:
-        counts = call.valid[:, :total].sum(1).tolist()
+    counts = _counts(call, q.shape[0], total)
     alike: dict[tuple[tuple[int, int, int], ...], list[int]] = {}  # sequences with the same windows share launches
-    for row, start in _firsts(call, q.shape[0], total):
+    for row, start in enumerate(starts(call, q.shape[0], total)):
         alike.setdefault(tuple(_segments(spec, call, start, counts[row], total)), []).append(row)
     parts = []
     for segments, rows in alike.items():
@@ -171,22 +165,18 @@ def _piece(
 
 def prefill_cost(spec: Span, shape: Shape, length: int) -> Cost:
     """Of `length` tokens at once: the pairs of the definition; sinks count once they have left the window."""
-    call = Call(scale=1.0, causal=shape.causal)
-    pairs = sum(_pairs(spec, shape, *segment, length) for segment in _segments(spec, call, 0, length, length))
+    if not shape.causal:  # one window for all rows
+        return window.prefill_cost(Window(size=width(spec, length), sinks=spec.sinks), shape, length)
+    pairs = sum(_pairs(spec, *segment) for segment in _segments(spec, Call(scale=1.0), 0, length, length))
     io = (2 * shape.queries + 2) * length * shape.dim * shape.element
     return Cost(flops=4.0 * pairs * shape.queries * shape.dim, bytes=io, state_bytes=state_size(spec, shape, length))
 
 
-def _pairs(spec: Span, shape: Shape, begin: int, end: int, size: int, length: int) -> int:
+def _pairs(spec: Span, begin: int, end: int, size: int) -> int:
     """Of the rows [begin, end) with their keys."""
     short = min(max(size - begin, 0), end - begin)  # rows that reach the beginning
     near = short * begin + short * (short + 1) // 2 + (end - begin - short) * size
-    sinks = sum(max(0, end - max(begin, size + sink)) for sink in range(spec.sinks))
-    if shape.causal:
-        return near + sinks
-    least = min(size, length)
-    after = least * (least - 1) // 2 + (length - least) * (size - 1)
-    return near + after + sinks + sum(max(0, sink - size + 1) for sink in range(min(spec.sinks, length)))
+    return near + sum(max(0, end - max(begin, size + sink)) for sink in range(spec.sinks))
 
 
 def decode_cost(spec: Span, shape: Shape, length: int) -> Cost:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .call import Call, Cost, Shape, grouped, logits, sink_column, softmax_terms
+from .call import Call, Cost, Shape, dense, grouped
 from .full import FullState, extended
 from .linear import refuse_limit
 from .span import starts
@@ -74,9 +74,7 @@ def reference(spec: TopBlocks, q: Tensor, k: Tensor, v: Tensor, call: Call, lear
     if call.causal:
         allowed = allowed.tril()
     allowed = allowed & real[:, None, None]
-    s = logits(grouped(q, groups), k[:, :, None], call)
-    number, total, _ = softmax_terms(s, allowed[:, :, None], v[:, :, None], sink_column(call, s))
-    return (number / total.clamp_min(torch.finfo(total.dtype).tiny)).flatten(1, 2).to(q.dtype)
+    return dense(q, k, v, call, allowed[:, :, None])
 
 
 def _mean(x: Tensor, real: Tensor) -> Tensor:
@@ -111,7 +109,9 @@ def attend(
         real = None if call.valid is None else call.valid[at, start:total]
         with torch.no_grad():
             done = 0 if old is None else max(0, call.seen - start) // spec.block
-            fresh = _means(spec, k[at, :, start + done * spec.block :], real, done, whole=call.causal)
+            later = slice(done * spec.block, None)
+            known = None if real is None else real[:, later]
+            fresh = _means(spec, k[at, :, start:][:, :, later], known, whole=call.causal)
             means[at, :, done : done + fresh.shape[2]] = fresh
         new = (q[at, :, max(0, start - call.seen) :], k[at, :, start:], v[at, :, start:])
         o, last = _sequence(spec, *new, real, means[at], chosen[at], call)
@@ -127,17 +127,22 @@ def attend(
 def lists(spec: TopBlocks, q: Tensor, k: Tensor, call: Call) -> Tensor:
     """(B, Hk, N, M): which of M key blocks each of N row blocks reads beside its own, of a text without padding."""
     with torch.no_grad():
-        return _choose(spec, q, 0, _means(spec, k, None, 0, whole=call.causal), None, call)
+        return _choose(spec, q, 0, _means(spec, k, None, whole=call.causal), None, call)
 
 
-def _means(spec: TopBlocks, k: Tensor, real: Tensor | None, done: int, whole: bool) -> Tensor:
-    """Mean keys (B, Hk, M, D) of the blocks from number `done` on; k (B, Hk, n, D) begins with the first of them."""
-    n = k.shape[2] // spec.block if whole else -(-k.shape[2] // spec.block)
-    wide = k.to(torch.promote_types(k.dtype, torch.float32))
-    counts = torch.ones_like(wide[:, 0, :, 0]) if real is None else real[:, done * spec.block :].to(wide.dtype)
-    pad = n * spec.block - k.shape[2]
-    sums = F.pad(wide * counts[:, None, :, None], (0, 0, 0, pad)).unflatten(2, (n, spec.block)).sum(3)
-    means: Tensor = sums / F.pad(counts, (0, pad)).unflatten(1, (n, spec.block)).sum(2)[:, None, :, None].clamp_min(1)
+def _means(spec: TopBlocks, k: Tensor, real: Tensor | None, whole: bool) -> Tensor:
+    """Mean keys (B, Hk, M, D) of the blocks of k (B, Hk, n, D), of `whole` ones only where asked."""
+    end = k.shape[2] // spec.block * spec.block if whole else k.shape[2]
+    return _pooled(k[:, :, :end], None if real is None else real[:, :end], spec.block)
+
+
+def _pooled(x: Tensor, real: Tensor | None, size: int) -> Tensor:
+    """Means (B, H, ⌈S / size⌉, D) of the real ones (B, S) among x (B, H, S, D), in at least fp32; 0 without any."""
+    pad = -x.shape[2] % size
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    counts = torch.ones_like(x[:, 0, :, 0]) if real is None else real.to(x.dtype)
+    sums = F.pad(x * counts[:, None, :, None], (0, 0, 0, pad)).unflatten(2, (-1, size)).sum(3)
+    means: Tensor = sums / F.pad(counts, (0, pad)).unflatten(1, (-1, size)).sum(2)[:, None, :, None].clamp_min(1)
     return means
 
 
@@ -189,7 +194,7 @@ def _sequence(
 @torch.no_grad()
 def _choose(spec: TopBlocks, q: Tensor, row: int, means: Tensor, real: Tensor | None, call: Call) -> Tensor:
     """(B, Hk, N, M): the lists of the row blocks of q (B, H, Q, D), whose first stands at `row`; some at a time."""
-    query = q[:, :, :: spec.rows] if call.causal else _pooled(spec, q, real)
+    query = q[:, :, :: spec.rows] if call.causal else _pooled(q, real, spec.rows)
     step = max(1, SCORES // max(1, means.shape[2] * q.shape[0] * q.shape[1]))
     starts = range(0, query.shape[2], step)
     parts = [_best(spec, query[:, :, n : n + step], row + n * spec.rows, means, real, call) for n in starts]
@@ -202,11 +207,12 @@ def _best(spec: TopBlocks, query: Tensor, row: int, means: Tensor, real: Tensor 
     own = (row + torch.arange(count, device=query.device) * spec.rows) // spec.block  # (N,)
     m = torch.arange(blocks, device=query.device)
     open_ = m < own[:, None] if call.causal else torch.ones(count, blocks, dtype=torch.bool, device=query.device)
+    open_ = open_[None, None]  # (B, 1, N, M)
     if real is not None:
         full = F.pad(real, (0, max(0, blocks * spec.block - real.shape[1])))[:, : blocks * spec.block]
-        open_ = open_ & full.unflatten(1, (blocks, spec.block)).any(2)[:, None, None]  # (B, 1, N, M)
+        open_ = open_ & full.unflatten(1, (blocks, spec.block)).any(2)[:, None, None]
     s = grouped(query.to(means.dtype), groups) @ means[:, :, None].transpose(-1, -2) * call.scale  # (B, Hk, G, N, M)
-    s = s.masked_fill(~(open_ if open_.ndim == 2 else open_[:, :, None]), -torch.inf)
+    s = s.masked_fill(~open_[:, :, None], -torch.inf)
     share = s.softmax(-1).nan_to_num(0.0).mean(2)
     distance = own[:, None] - m
     share = torch.where((m == 0) | (distance == 1) | (distance == 0), FORCED, share)
@@ -214,16 +220,6 @@ def _best(spec: TopBlocks, query: Tensor, row: int, means: Tensor, real: Tensor 
     keep = spec.keep + (not call.causal)  # an encoder's own block is among those it chooses from
     order = share.argsort(dim=-1, descending=True, stable=True)[..., :keep]
     return torch.zeros_like(share, dtype=torch.bool).scatter(-1, order, True) & (share >= 0)
-
-
-def _pooled(spec: TopBlocks, q: Tensor, real: Tensor | None) -> Tensor:
-    """Mean queries (B, H, N, D) of the row blocks, of their real rows."""
-    pad = -q.shape[2] % spec.rows
-    q = q.to(torch.promote_types(q.dtype, torch.float32))
-    counts = torch.ones_like(q[:, 0, :, 0]) if real is None else real.to(q.dtype)
-    sums = F.pad(q * counts[:, None, :, None], (0, 0, 0, pad)).unflatten(2, (-1, spec.rows)).sum(3)
-    means: Tensor = sums / F.pad(counts, (0, pad)).unflatten(1, (-1, spec.rows)).sum(2)[:, None, :, None].clamp_min(1)
-    return means
 
 
 def prefill_cost(spec: TopBlocks, shape: Shape, length: int) -> Cost:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .call import Call, Cost, Shape, grouped, logits, sink_column, softmax_terms
+from .call import Call, Cost, Shape, dense
 from .launch import Piece
 from .problem import EMPTY, Part
 from .spec import Window
@@ -53,7 +53,7 @@ def allowed_pairs(spec: Window, call: Call, batch: int, length: int, device: tor
     i = torch.arange(length, device=device)
     size = width(spec, call)
     distance = i[:, None] - i
-    reached = distance >= 0 if call.causal else torch.ones_like(distance, dtype=torch.bool)
+    reached = call.reach(distance)
     near = (reached & (distance.abs() < size))[None]
     sink_at = sink_positions(call, batch if call.valid is not None else 1, length, spec.sinks, device)
     is_sink = (sink_at[:, :, None] == i).any(1)  # (B, S)
@@ -69,9 +69,7 @@ def width(spec: Window, call: Call) -> int:
 def reference(spec: Window, q: Tensor, k: Tensor, v: Tensor, call: Call, learned: nn.Module | None = None) -> Tensor:
     """The definition, dense: q (B, H, S, D), k, v (B, Hk, S, D), no state. → (B, H, S, D)"""
     allowed = allowed_pairs(spec, call, q.shape[0], q.shape[2], q.device)[:, None, None]
-    s = logits(grouped(q, k.shape[1]), k[:, :, None], call)
-    number, total, _ = softmax_terms(s, allowed, v[:, :, None], sink_column(call, s))
-    return (number / total.clamp_min(torch.finfo(total.dtype).tiny)).flatten(1, 2).to(q.dtype)
+    return dense(q, k, v, call, allowed)
 
 
 def piece(

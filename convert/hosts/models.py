@@ -141,11 +141,8 @@ def _check_full(model: PreTrainedModel, sites: list[Site], ids: Tensor, toleranc
         _with_hooks(model, sites, keep, ids)
     finally:
         model.set_attn_implementation(before)
-    conversion = Conversion(model, all_full(sites))
-    try:
+    with converted(model, all_full(sites)):
         _with_hooks(model, sites, compare, ids)
-    finally:
-        conversion.remove()
     limit = max(tolerance, 8 * torch.finfo(model.dtype).eps)
     for name, error in errors:
         if not error <= limit:

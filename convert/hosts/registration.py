@@ -27,6 +27,11 @@ def auto_class(name: str) -> str | None:
     return "AutoModelForCausalLM" if kinds else None  # a decoder that lacks its head, which loading then says
 
 
+def loader(base: str) -> str:
+    """The auto class of a stock class that was converted; one that transformers does not list is a decoder."""
+    return auto_class(base) or "AutoModelForCausalLM"
+
+
 class ConvertedConfig(PreTrainedConfig):
     """What AutoConfig reads for the model type `attnconvert`: it becomes the config of the stock class beneath."""
 
@@ -41,7 +46,7 @@ class ConvertedConfig(PreTrainedConfig):
 
         base = getattr(transformers, config_dict[NAME]["base"])
         config = converted_config(base)
-        auto = getattr(transformers, auto_class(base.__name__) or "AutoModelForCausalLM")
+        auto = getattr(transformers, loader(base.__name__))
         auto.register(config, converted_model(base, config))
         return config.from_dict(config_dict, **kwargs)
 
