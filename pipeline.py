@@ -19,7 +19,7 @@ from .convert.export import export, verify
 from .convert.files import read_json, stored, write_json
 from .convert.fronts import front
 from .convert.hosts.models import is_encoder
-from .convert.hosts.transformers import all_full
+from .convert.hosts.sites import all_full
 from .convert.keys import STAGES
 from .convert.machine import hardware
 from .convert.observation import Table

@@ -18,7 +18,7 @@ from ..kernels.spec import Full, Spec
 from .costs import Costs, analytic, kind
 from .damage import Group
 from .errors import UsageError
-from .hosts.transformers import Site, refusal
+from .hosts.sites import Site, refusal
 from .profiling import Profile
 from .program import Infeasible, Program, cheapest_each
 from .recipe_fields import percentage

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..kernels.spec import Full, Spec, label, spec_from_dict, spec_to_dict
 from .costs_model import PHASES, Layer, Model, Row, group_work, kind, layer_title, line
 from .errors import UsageError
-from .hosts.transformers import Site, refusal
+from .hosts.sites import Site, refusal
 
 if TYPE_CHECKING:
     from rich.console import Group as Shown

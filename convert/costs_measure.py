@@ -28,8 +28,8 @@ from ..kernels.spec import Full, Spec, label, spec_to_dict
 from .costs import MACHINE, Costs
 from .costs_model import PHASES, Layer, Row
 from .files import read_json, stored, write_json
-from .hosts import models
-from .hosts.transformers import Site, SiteOperators, all_full, refusal
+from .hosts import models, surgery
+from .hosts.sites import Site, SiteOperators, all_full, refusal
 from .machine import hardware, versions
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ class Bench:
         who = [type(model).__name__, str(model.config._name_or_path), model.num_parameters(), [s.name for s in sites]]
         phases = PHASES[:1] if models.is_encoder(model) else PHASES
         found: dict[str, dict[int, float]] = {phase: {} for phase in phases}
-        with models.converted(model, all_full(sites)) as conversion, conversion.observe(_answer_at_once):
+        with surgery.converted(model, all_full(sites)) as conversion, conversion.observe(_answer_at_once):
             for length in track(lengths, "rest of the model"):
                 path = folder / f"rest-{_digest(who)}-{self.repeats}-{length}.json"
                 samples = stored(path, functools.partial(self._rest_samples, model, length))

@@ -21,7 +21,7 @@ from scipy.optimize import least_squares, nnls
 from ..kernels import operators
 from ..kernels.call import Cost, Shape
 from ..kernels.spec import Full, Spec, Window, spec_from_dict, spec_to_dict
-from .hosts.transformers import Site
+from .hosts.sites import Site
 
 PHASES = ("prefill", "decode")
 KINDS = {"full": "mixed", "window": "mixed", "hybrid": "mixed"}  # who shares a launch; others have their own

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..kernels.spec import Full, Spec, label
 from .files import stored
-from .hosts import models
+from .hosts import surgery
 from .hosts.models import Replay
-from .hosts.transformers import Conversion, Site, all_full, refusal
+from .hosts.sites import Conversion, Site, all_full, refusal
 from .observation import Learned, Table
 from .text import Cases
 
@@ -66,7 +66,7 @@ def replaced(model: Any, sites: Sequence[Site], chosen: Mapping[Group, Spec], le
     plan = all_full(sites)
     for (n, g), spec in chosen.items():
         plan[sites[n]][g] = spec
-    with models.converted(model, plan) as conversion:
+    with surgery.converted(model, plan) as conversion:
         for site in {sites[n] for n, _ in chosen}:
             mine = conversion.sites[site.name]
             for spec, groups in mine.parts:

@@ -22,7 +22,8 @@ from ..kernels.call import Shape
 from ..kernels.spec import Full, Spec, Window
 from .damage import kl
 from .hosts import models
-from .hosts.transformers import OperatorLayer, Site
+from .hosts.sites import Site
+from .hosts.transformers import OperatorLayer
 from .passages import Passages
 from .text import Needles
 

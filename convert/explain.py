@@ -12,7 +12,7 @@ from ..kernels.spec import Full, Spec, label
 from .budgets import Task, broken_heads, groups_of, heads_of, retrieval_score
 from .damage import Group
 from .errors import UsageError
-from .hosts.transformers import Site, refusal
+from .hosts.sites import Site, refusal
 from .plan import Plan
 from .profiling import Profile
 from .program import Program, Solution

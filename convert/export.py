@@ -28,7 +28,7 @@ from .errors import AttnConvertError
 from .files import read_json, sha256_file, write_bytes, write_json, write_text
 from .hosts.models import is_encoder
 from .hosts.registration import loader
-from .hosts.transformers import NAME, Site, SiteOperators, plan_block
+from .hosts.sites import NAME, Site, SiteOperators, plan_block
 from .runs import DONE, KEY
 
 ROOTS = ("operators", "backend_torch", "backend_cpp", "backend_triton")  # beside the files of Triton, loaded by name
@@ -109,7 +109,8 @@ def _write_runtime(folder: Path, base: type) -> None:
     package = files("attnconvert")
     header = HEADER.format(version=__version__)
     sources = {name: (package / "kernels" / f"{name}.py").read_text(encoding="utf-8") for name in kernels()}
-    sources["host"] = (package / "convert" / "hosts" / "transformers.py").read_text(encoding="utf-8")
+    for name, file in (("sites", "sites"), ("host", "transformers")):
+        sources[name] = (package / "convert" / "hosts" / f"{file}.py").read_text(encoding="utf-8")
     cpp = sorted((package / "kernels" / "cpp").iterdir(), key=lambda path: path.name)
     texts = {path.name: path.read_text(encoding="utf-8") for path in cpp if path.name.endswith((".h", ".cpp"))}
     lines = [f"    {name!r}: {text!r}," for name, text in texts.items()]

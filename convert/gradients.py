@@ -16,8 +16,8 @@ from torch import Tensor
 from ..kernels import operators
 from ..kernels.call import Call
 from ..kernels.spec import Full, Spec
-from .hosts import models
-from .hosts.transformers import Conversion, Site, SiteOperators, all_full, refusal
+from .hosts import surgery
+from .hosts.sites import Conversion, Site, SiteOperators, all_full, refusal
 from .observation import BLOCK, Learned, Means, Rows
 from .text import Cases
 
@@ -45,7 +45,7 @@ def first_order(
         2024): what masking the entries at a distance would change of the text's loss, to first order.
     """
     effects = _Effects(names, rows, learned)
-    with models.frozen(model), models.converted(model, all_full(sites)) as conversion:
+    with surgery.frozen(model), surgery.converted(model, all_full(sites)) as conversion:
         for case in track(range(len(needles.ids)), "first-order effects"):
             for loss in LOSSES:
                 _backward(model, conversion, needles, case, loss, effects)

@@ -116,7 +116,7 @@ def describe_model(source: ModelSource, track: Track) -> dict[str, Any]:
     """
     from ..kernels.spec import OPERATORS
     from .hosts.models import find_sites
-    from .hosts.transformers import refusal
+    from .hosts.sites import refusal
     from .sources import fetch_model, load_model
 
     files = fetch_model(source, track=track)
@@ -185,7 +185,7 @@ def describe_plan(folder: Path) -> dict[str, Any]:
 
 def _plan_of(folder: Path) -> tuple[Mapping[Any, Any], Path, str]:
     """Operators by site, the file they stand in, and the number type. A run's plan may be newer than its export."""
-    from .hosts.transformers import read_plan_block
+    from .hosts.sites import read_plan_block
     from .plan import read_plan
     from .profiling import Profile
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..kernels import operators, span, top_blocks, window
 from ..kernels.call import Call, grouped, logits
 from ..kernels.spec import Full, Hybrid, Retention, Span, Spec, TopBlocks, Window
-from .hosts import models
-from .hosts.transformers import Site, SiteOperators, all_full, refusal
+from .hosts import models, surgery
+from .hosts.sites import Site, SiteOperators, all_full, refusal
 from .text import Needles
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def text_statistics(
                 means.add(f"lost {label}", name, 1 - kept)
         return o
 
-    with models.converted(model, all_full(sites)) as conversion, conversion.observe(observe):
+    with surgery.converted(model, all_full(sites)) as conversion, conversion.observe(observe):
         for ids in track(texts.split(1), "statistics"):
             model(ids.to(model.device), use_cache=False, **models.last_logits(model))
             similarity += _overlap([maps[s.name] for s in sites])
@@ -332,7 +332,7 @@ def retrieval_scores(model: Any, sites: Sequence[Site], tasks: Sequence[Needles]
         means.add("retrieval", site.site.name, p[0].gather(-1, index).mean((1, 2)))
 
     cases = [(task, n) for task in tasks for n in range(len(task.ids))]
-    with models.converted(model, all_full(sites)) as conversion, conversion.observe(observe):
+    with surgery.converted(model, all_full(sites)) as conversion, conversion.observe(observe):
         for task, n in track(cases, "retrieval heads"):
             here.update(answer=task.answer[n].to(model.device), needle=task.needle[n].to(model.device))
             model(task.ids[n][None].to(model.device), use_cache=False, **models.last_logits(model))

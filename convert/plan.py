@@ -13,7 +13,7 @@ import yaml
 from ..kernels.spec import Full, Spec, label, spec_from_dict, spec_to_dict
 from .errors import UsageError, one_line
 from .files import write_text
-from .hosts.transformers import Site, refusal
+from .hosts.sites import Site, refusal
 from .recipe_errors import Key, Located, Problem, did_you_mean, dotted, read_yaml, show
 
 FORMAT = 1

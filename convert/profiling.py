@@ -22,7 +22,7 @@ from .damage import single_damage
 from .errors import UsageError
 from .files import stored
 from .gradients import first_order
-from .hosts.transformers import Site
+from .hosts.sites import Site
 from .observation import Learned, Table, retrieval_scores, text_statistics
 from .text import Cases, Needles
 

@@ -20,7 +20,7 @@ from .costs import Costs
 from .damage import Group, Measure
 from .errors import UsageError
 from .explain import switches
-from .hosts.transformers import refusal
+from .hosts.sites import refusal
 from .losses import Scores, cell, losses_of, scored
 from .plan import Plan
 from .profiling import Profile

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..convert.hosts import models
-from ..convert.hosts.transformers import Conversion, Site, SiteOperators, all_full, refusal
+from ..convert.hosts import models, surgery
+from ..convert.hosts.sites import Conversion, Site, SiteOperators, all_full, refusal
 from ..convert.observation import Learned, Table
 from ..convert.text import Cases, Needles
 from ..kernels import operators
@@ -92,7 +92,7 @@ def learn_gates(
             loss.backward()
         return {"loss": loss.item(), "error": error.item(), "mean_gate": bounded(flat).mean().item()}
 
-    with models.frozen(model), models.converted(model, all_full(sites)) as conversion:
+    with surgery.frozen(model), surgery.converted(model, all_full(sites)) as conversion:
         trainer.run(partial(step, conversion), needles.ids, 1, seed, track)
     return {method: [bounded(gates[s.name]).tolist() if s.name in gates else [None] * s.kv_heads for s in sites]}
 

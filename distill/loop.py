@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from ..convert.errors import AttnConvertError, UsageError
 from ..convert.files import replacing, write_text
-from ..convert.hosts import models
-from ..convert.hosts.transformers import Conversion, Site, all_full, refusal
+from ..convert.hosts import models, surgery
+from ..convert.hosts.sites import Conversion, Site, all_full, refusal
+from ..convert.hosts.surgery import convert
 from ..convert.text import rng
 from ..kernels.spec import Full, Spec, label
 from .objectives import attention_transfer, difference
@@ -58,7 +59,7 @@ def distill(
     for module in dropouts:
         module.p = 0.0  # the student is to match the teacher, not a noisy version of it
     try:
-        with models.frozen(model), models.converted(model, plan) as conversion:
+        with surgery.frozen(model), surgery.converted(model, plan) as conversion:
             learned = conversion.learned()
             if settings.transfer and settings.transfer.steps and learned:
                 _transfer(model, conversion, samples, settings.transfer, settings.seed, folder, track)
@@ -111,7 +112,7 @@ def fit_operators(
     """
     able = [site for site in sites if refusal(site, spec) is None]
     plan = all_full(sites) | {site: [spec] * site.kv_heads for site in able}
-    with models.frozen(model), models.converted(model, plan) as conversion:
+    with surgery.frozen(model), surgery.converted(model, plan) as conversion:
         if settings.steps and conversion.learned():
             _transfer(model, conversion, samples, settings, seed, folder, track)
         found = {site.name: conversion.sites[site.name].learned(spec) for site in able}
@@ -330,7 +331,7 @@ def load_student(model: Any, plan: Mapping[Site, Sequence[Spec]], folder: Path |
         merged = PeftModel.from_pretrained(model, str(folder / ADAPTER)).merge_and_unload()
         assert merged is model
         _forget_adapters(model)
-    conversion = Conversion(model, plan)
+    conversion = convert(model, plan)
     if folder is not None and (folder / OPERATORS).exists():
         learned, stored = conversion.learned(), load_file(folder / OPERATORS)
         with torch.no_grad():

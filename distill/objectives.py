@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..convert.hosts import models
-from ..convert.hosts.transformers import Conversion, SiteOperators
+from ..convert.hosts.sites import Conversion, SiteOperators
 from ..kernels.call import Call
 
 

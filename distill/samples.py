@@ -25,8 +25,8 @@ from transformers import (
 
 from ..convert.errors import AssetMissing, UsageError
 from ..convert.files import replacing
-from ..convert.hosts import models
-from ..convert.hosts.transformers import Site, all_full
+from ..convert.hosts import surgery
+from ..convert.hosts.sites import Site, all_full
 from ..convert.text import rng, sequences
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def sample(
     The teacher runs on our own full attention, which decodes grouped heads without repeating keys: several times faster
     on CPU than the stock path, and equal to it.
     """
-    with models.converted(model, all_full(sites)):
+    with surgery.converted(model, all_full(sites)):
         _make_shards(model, starts, settings, folder, track)
 
 

@@ -14,7 +14,7 @@ from ..convert.costs_measure import here, measure_costs
 from ..convert.errors import UsageError
 from ..convert.files import read_json, write_json
 from ..convert.hosts.models import find_sites, has_head, is_encoder, positions_of, require_positions
-from ..convert.hosts.transformers import Site
+from ..convert.hosts.sites import Site
 from ..convert.machine import versions
 from ..convert.passages import passages
 from ..convert.plan import Plan, read_plan

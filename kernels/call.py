@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .masks import Layout
+
 T = TypeVar("T")
 
 
@@ -26,6 +28,8 @@ class Call:
     the architecture's own: logit soft cap (Gemma 2), a learned logit per head in the normaliser (gpt-oss) and the
     model's own sliding window, in tokens. `keep` is false where nobody wants the state. `causal` is false where rows
     read in both directions, as in encoders: such a call has no past (`seen` 0), and nobody keeps a state of it.
+    `layout` says where image or video tokens stand on their grid, text beside it; `time` (B,) how noisy each sample is,
+    from 0 to 1 (noise). Both are None for text.
     """
 
     scale: float
@@ -36,6 +40,8 @@ class Call:
     limit: int | None = None
     keep: bool = True
     causal: bool = True
+    layout: Layout | None = None
+    time: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.causal and self.seen:
@@ -60,13 +66,14 @@ class Call:
 class Shape:
     """One KV group: `queries` query heads over one KV head of size `dim`; `element` is bytes per cached number.
 
-    Where it is not `causal` rows read in both directions, and nothing is cached.
+    Where it is not `causal` rows read in both directions, and nothing is cached. `layout` is that of the call.
     """
 
     queries: int
     dim: int
     element: int = 2
     causal: bool = True
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

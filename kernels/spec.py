@@ -217,6 +217,16 @@ def label(spec: Spec) -> str:
     return "-".join([spec.operator, *(str(value) for value in dataclasses.asdict(spec).values())])
 
 
+def grid_only(spec: Spec) -> bool:
+    """Whether it reads the places of image or video tokens on their grid."""
+    return bool(getattr(type(spec), "on_grid", False))
+
+
+def causal_only(spec: Spec) -> bool:
+    """Whether it only makes sense where rows read what came before them."""
+    return isinstance(spec, Retention)
+
+
 def _suggest(given: str, known: Any) -> str:
     close = difflib.get_close_matches(given, list(known), n=1)
     return f": did you mean {close[0]!r}?" if close else ""

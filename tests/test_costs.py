@@ -23,7 +23,7 @@ from attnconvert.convert.costs_model import Layer, Model, Row, derive, fit, grou
 from attnconvert.convert.errors import UsageError
 from attnconvert.convert.evaluation import costs as counted_costs
 from attnconvert.convert.hosts.models import find_sites
-from attnconvert.convert.hosts.transformers import Site
+from attnconvert.convert.hosts.sites import Site
 from attnconvert.convert.progress import silent
 from attnconvert.kernels import operators
 from attnconvert.kernels.call import Call, Cost, state_bytes

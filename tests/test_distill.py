@@ -8,7 +8,7 @@ from models import tiny
 
 from attnconvert.convert.errors import UsageError
 from attnconvert.convert.hosts.models import find_sites
-from attnconvert.convert.hosts.transformers import Conversion
+from attnconvert.convert.hosts.sites import Conversion
 from attnconvert.convert.progress import silent
 from attnconvert.convert.recipe import DistillSettings, SampleSettings
 from attnconvert.distill import loop

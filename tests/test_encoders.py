@@ -23,7 +23,8 @@ from attnconvert.convert.hosts.models import (
     positions_of,
     require_positions,
 )
-from attnconvert.convert.hosts.transformers import Conversion, Unsupported, all_full
+from attnconvert.convert.hosts.sites import Unsupported, all_full
+from attnconvert.convert.hosts.surgery import convert
 from attnconvert.convert.passages import Passages, embed, passages
 from attnconvert.convert.progress import silent
 from attnconvert.convert.text import frame
@@ -54,7 +55,7 @@ def test_all_heads_full_is_the_untouched_encoder(name, auto):
     mask[0, -11:] = 0
     model.set_attn_implementation("eager")
     want = [model(ids)[0], model(ids, attention_mask=mask)[0]]
-    conversion = Conversion(model, all_full(sites))
+    conversion = convert(model, all_full(sites))
     got = [model(ids)[0], model(ids, attention_mask=mask)[0]]
     assert (got[0] - want[0]).abs().max() <= 3e-6
     assert (got[1] - want[1])[mask.bool()].abs().max() <= 3e-6
@@ -74,7 +75,7 @@ def test_a_window_reads_as_far_forwards_as_backwards(name):
     bias = torch.zeros(2, 1, LENGTH, LENGTH).masked_fill(~allowed, -1e9)  # eager attention adds it
     want = model(ids, attention_mask=bias)[0]
     far = model(ids)[0]
-    conversion = Conversion(model, {s: [Window(size=5, sinks=1)] * s.kv_heads for s in sites})
+    conversion = convert(model, {s: [Window(size=5, sinks=1)] * s.kv_heads for s in sites})
     got = model(ids)[0]
     conversion.remove()
     assert (got - want).abs().max() <= 1e-5
@@ -85,8 +86,8 @@ def test_an_encoder_takes_no_operator_that_needs_an_order():
     model = tiny("bert", auto=AutoModel)
     sites = find_sites(model)
     with pytest.raises(Unsupported, match="both directions"):
-        Conversion(model, {s: [Retention()] * s.kv_heads for s in sites})
-    Conversion(model, {s: [Linear()] * s.kv_heads for s in sites}).remove()
+        convert(model, {s: [Retention()] * s.kv_heads for s in sites})
+    convert(model, {s: [Linear()] * s.kv_heads for s in sites}).remove()
 
 
 @torch.no_grad()
@@ -322,6 +323,6 @@ def test_full_heads_of_an_encoder_stay_as_they_were():
         want = model(ids)[0]
         plan = {s: [Full()] * s.kv_heads for s in sites}
         plan[sites[1]] = [Window(size=LENGTH, sinks=0)] * 4  # which covers everything
-        conversion = Conversion(model, plan)
+        conversion = convert(model, plan)
         assert (model(ids)[0] - want).abs().max() <= 1e-5
         conversion.remove()

@@ -14,7 +14,8 @@ from attnconvert.convert import export as exporting
 from attnconvert.convert.export import VerificationFailed, export, flatten_imports, verify
 from attnconvert.convert.files import sha256_file
 from attnconvert.convert.hosts.models import find_sites
-from attnconvert.convert.hosts.transformers import Conversion, Unsupported, plan_block, read_plan_block
+from attnconvert.convert.hosts.sites import Unsupported, plan_block, read_plan_block
+from attnconvert.convert.hosts.surgery import convert
 from attnconvert.kernels.operators import FILES
 from attnconvert.kernels.spec import Full, Hybrid, Linear, Window
 
@@ -24,7 +25,7 @@ KINDS = [Full(), Window(size=8, sinks=2), Linear(), Hybrid(window=8, sinks=2)]
 def exported(name, folder, dtype=None):
     model = tiny(name)
     plan = {s: [KINDS[(s.layer + i) % (2 if s.limit else 4)] for i in range(s.kv_heads)] for s in find_sites(model)}
-    Conversion(model, plan)
+    convert(model, plan)
     for key, p in model.named_parameters():
         if ".attnconvert." in key:
             p.data += 0.1 * torch.randn_like(p)
@@ -112,7 +113,6 @@ def test_a_folder_that_gives_other_logits_is_no_success(tmp_path):
 def test_the_runtime_is_complete_and_flat():
     operators = {file.__name__.rpartition(".")[2] for file in FILES.values()}
     assert operators | {"backend_cpp", "torch_mixed", "cpp_build", "triton_decode"} <= set(exporting.kernels())
-    assert not {"masks", "lowering"} & set(exporting.kernels())
     source = (
         "from ...kernels.spec import A\nfrom . import full, window\nfrom .call import B\nfrom ...kernels import ops\n"
     )

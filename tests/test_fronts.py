@@ -14,7 +14,7 @@ from attnconvert.convert import fronts
 from attnconvert.convert.costs import analytic, plan_cost
 from attnconvert.convert.errors import UsageError
 from attnconvert.convert.fronts import OTHERS, front
-from attnconvert.convert.hosts.transformers import Site
+from attnconvert.convert.hosts.sites import Site
 from attnconvert.convert.profiling import Profile
 from attnconvert.convert.recipe import SelectSettings
 from attnconvert.convert.selection import select

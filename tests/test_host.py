@@ -11,7 +11,8 @@ from transformers import DynamicCache, StaticCache
 from attnconvert.convert.evaluation import cache_bytes, costs
 from attnconvert.convert.hosts import models as host
 from attnconvert.convert.hosts.models import find_sites
-from attnconvert.convert.hosts.transformers import NAME, Conversion, Unsupported
+from attnconvert.convert.hosts.sites import NAME, Unsupported
+from attnconvert.convert.hosts.surgery import convert
 from attnconvert.kernels.full import FullState
 from attnconvert.kernels.spec import Full, Hybrid, Linear, Span, TopBlocks, Window
 from attnconvert.kernels.top_blocks import BlocksState
@@ -33,7 +34,7 @@ def ids_of(batch=2, length=40, seed=3):
 @pytest.fixture(scope="module", params=list(DECODERS))
 def converted(request):
     model = tiny(request.param)
-    conversion = Conversion(model, mixed(find_sites(model)))
+    conversion = convert(model, mixed(find_sites(model)))
     return model, conversion
 
 
@@ -46,7 +47,7 @@ def test_all_heads_full_is_the_untouched_model(name):
     mask[0, :7] = 0
     model.set_attn_implementation("eager")
     want = [model(ids, use_cache=False).logits, model(ids, attention_mask=mask, use_cache=False).logits]
-    conversion = Conversion(model, {s: [Full()] * s.kv_heads for s in sites})
+    conversion = convert(model, {s: [Full()] * s.kv_heads for s in sites})
     got = [model(ids, use_cache=False).logits, model(ids, attention_mask=mask, use_cache=False).logits]
     assert (got[0] - want[0]).abs().max() <= 3e-6
     assert (got[1] - want[1])[mask.bool()].abs().max() <= 3e-6
@@ -136,7 +137,7 @@ def test_what_cannot_be_done_is_refused_with_its_reason(converted):
 
 def test_a_compiled_model_gives_the_same_logits_and_gradients():
     model = tiny("llama")
-    Conversion(model, {site: [Window(size=6, sinks=2), Hybrid(window=5, sinks=2)] for site in find_sites(model)})
+    convert(model, {site: [Window(size=6, sinks=2), Hybrid(window=5, sinks=2)] for site in find_sites(model)})
     ids, compiled = ids_of(), torch.compile(model, backend="aot_eager", fullgraph=True)
     found = []
     for run in (model, compiled):
@@ -150,7 +151,7 @@ def test_a_compiled_model_gives_the_same_logits_and_gradients():
 
 def test_packed_sequences_are_refused():
     model = tiny("llama")
-    Conversion(model, mixed(find_sites(model)))
+    convert(model, mixed(find_sites(model)))
     positions = torch.cat([torch.arange(12), torch.arange(8)])[None]
     with pytest.raises(Unsupported, match="packed"):
         model(ids_of()[:1, :20], position_ids=positions, use_cache=False)
@@ -162,7 +163,7 @@ def test_cache_bytes_are_what_the_cost_model_promises(length):
         model = tiny(name)
         plan = mixed(find_sites(model))
         want = costs(plan, length, 4)["kv_bytes"]
-        Conversion(model, plan)
+        convert(model, plan)
         cache = model(ids_of(1, length), use_cache=True).past_key_values
         slots = sum(8 * s.sink_at.numel() for layer in cache.layers for s in layer.states if hasattr(s, "sink_at"))
         states = [s for layer in cache.layers for s in layer.states]
@@ -173,7 +174,7 @@ def test_cache_bytes_are_what_the_cost_model_promises(length):
 
 def test_the_cache_of_the_teacher_is_not_given_to_the_student():
     model = tiny("llama")
-    conversion = Conversion(model, mixed(find_sites(model)))
+    conversion = convert(model, mixed(find_sites(model)))
     with conversion.teacher():
         cache = model(ids_of(), use_cache=True).past_key_values
     with pytest.raises(Unsupported, match="cannot be shared by the teacher and the student"):
@@ -183,12 +184,12 @@ def test_the_cache_of_the_teacher_is_not_given_to_the_student():
 def test_the_cache_of_one_plan_is_not_given_to_another():
     model = tiny("llama")
     sites = find_sites(model)
-    conversion = Conversion(model, {s: [Window(size=4, sinks=1)] * s.kv_heads for s in sites})
+    conversion = convert(model, {s: [Window(size=4, sinks=1)] * s.kv_heads for s in sites})
     cache = model(ids_of(), use_cache=True).past_key_values
     conversion.remove()
     with pytest.raises((Unsupported, RuntimeError)):
         model(ids_of()[:, :1], past_key_values=cache)
-    Conversion(model, {s: [Full()] * s.kv_heads for s in sites})
+    convert(model, {s: [Full()] * s.kv_heads for s in sites})
     with pytest.raises(Unsupported, match="two models or plans"):
         model(ids_of()[:, :1], past_key_values=cache)
 
@@ -204,7 +205,7 @@ def test_a_copied_cache_goes_on(converted):
 
 def test_offloaded_caches_are_refused():
     model = tiny("llama")
-    Conversion(model, mixed(find_sites(model)))
+    convert(model, mixed(find_sites(model)))
     cache = DynamicCache(config=model.config)
     cache.offloading = True
     with pytest.raises(Unsupported, match="cannot be offloaded"):
@@ -216,8 +217,8 @@ def test_a_conversion_that_fails_leaves_nothing_behind():
     sites = find_sites(model)
     wrong = dataclasses.replace(sites[2], name="model.layers.9.self_attn")
     with pytest.raises(Unsupported, match=r"has no module 'model\.layers\.9\.self_attn'"):
-        Conversion(model, {s: [Full()] * 2 for s in (*sites[:2], wrong)})
-    Conversion(model, {s: [Full()] * 2 for s in sites})
+        convert(model, {s: [Full()] * 2 for s in (*sites[:2], wrong)})
+    convert(model, {s: [Full()] * 2 for s in sites})
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind():
 def test_a_layer_with_a_window_of_its_own_refuses_what_is_no_gain(spec, message):
     model = tiny("mistral")
     with pytest.raises(Unsupported, match=message):
-        Conversion(model, {s: [spec] * s.kv_heads for s in find_sites(model)})
+        convert(model, {s: [spec] * s.kv_heads for s in find_sites(model)})
 
 
 @pytest.mark.parametrize("name", ["phimoe", "qwen2_moe"])
@@ -239,7 +240,7 @@ def test_a_window_that_is_in_the_masks_alone_is_refused(name):
 def test_the_teacher_is_the_untouched_model():
     model, ids = tiny("qwen3"), ids_of()
     want = model(ids, use_cache=False).logits
-    conversion = Conversion(model, mixed(find_sites(model)))
+    conversion = convert(model, mixed(find_sites(model)))
     assert (model(ids, use_cache=False).logits - want).abs().max() > 1e-2
     with conversion.teacher():
         assert (model(ids, use_cache=False).logits - want).abs().max() <= 1e-6
@@ -252,7 +253,7 @@ def test_models_whose_attention_cannot_be_reached_are_refused():
 
 def test_autocast_keeps_dtypes_together():
     model = tiny("llama")
-    Conversion(model, mixed(find_sites(model)))
+    convert(model, mixed(find_sites(model)))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(model(ids_of(), use_cache=False).logits).all()
 
@@ -269,7 +270,7 @@ def test_a_replay_from_the_middle_gives_the_same_logits():
         with replay.start(index):
             assert torch.equal(host.logits_at(model, ids, at), want)
     plan = {s: [Window(size=4, sinks=1)] * s.kv_heads if s.layer == 2 else [Full()] * s.kv_heads for s in sites}
-    Conversion(model, plan)
+    convert(model, plan)
     with replay.start(2):
         got = host.logits_at(model, ids, at)
     torch.testing.assert_close(got, model(ids, use_cache=False).logits[:, at], atol=1e-6, rtol=0)

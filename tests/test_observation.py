@@ -9,7 +9,8 @@ from attnconvert.convert import observation
 from attnconvert.convert.damage import Joint, marginal_damage, take_groups
 from attnconvert.convert.gradients import first_order
 from attnconvert.convert.hosts.models import find_sites
-from attnconvert.convert.hosts.transformers import Conversion, Site, all_full
+from attnconvert.convert.hosts.sites import Site, all_full
+from attnconvert.convert.hosts.surgery import convert
 from attnconvert.convert.observation import BLOCK, FRACTIONS, Rows, kept_mass, retention_reads, text_statistics
 from attnconvert.convert.profiling import untrained
 from attnconvert.convert.progress import silent
@@ -73,7 +74,7 @@ def test_the_output_error_is_relative_to_the_outputs_variance_and_lost_mass_to_o
     def keep(site, q, k, v, call):
         seen[site.site.name] = (q, k, v, call)
 
-    conversion = Conversion(model, all_full(sites))
+    conversion = convert(model, all_full(sites))
     with conversion.observe(keep), torch.no_grad():
         model(texts)
     conversion.remove()
@@ -141,7 +142,7 @@ def test_first_order_effects_predict_the_loss_of_a_small_change():
                         o[:, head] += step * (other - o)[:, head]
                     return o
 
-                conversion = Conversion(model, all_full(sites))
+                conversion = convert(model, all_full(sites))
                 with conversion.observe(nudge), torch.no_grad():
                     out = model(cases.ids, use_cache=False).logits[0]
                 conversion.remove()
@@ -182,7 +183,7 @@ def test_joint_damage_is_that_of_the_whole_plan_and_is_measured_once(tmp_path):
     plan[sites[0]][1] = plan[sites[2]][0] = spec
     at = torch.cat([torch.arange(4, 92, 4), torch.arange(92, 95)])
     want = torch.stack([model(x[None]).logits[0, at].log_softmax(-1) for x in cases.ids])
-    conversion = Conversion(model, plan)
+    conversion = convert(model, plan)
     got = torch.stack([model(x[None], use_cache=False).logits[0, at].log_softmax(-1) for x in cases.ids])
     conversion.remove()
     assert found["kl"] == pytest.approx((want.exp() * (want - got)).sum(-1).mean().item(), rel=1e-3)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from attnconvert.convert.errors import UsageError
-from attnconvert.convert.hosts.transformers import Site
+from attnconvert.convert.hosts.sites import Site
 from attnconvert.convert.plan import Plan, check_plan, read_plan, write_plan
 from attnconvert.kernels.spec import Full, Hybrid, Window
 

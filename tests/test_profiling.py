@@ -8,7 +8,7 @@ from models import needle_cases, tiny
 from attnconvert.convert import damage as damage_module
 from attnconvert.convert.files import read_json
 from attnconvert.convert.hosts.models import find_sites
-from attnconvert.convert.hosts.transformers import Conversion
+from attnconvert.convert.hosts.surgery import convert
 from attnconvert.convert.profiling import Profile, profile
 from attnconvert.convert.progress import silent
 from attnconvert.kernels.spec import Full, Linear, Window
@@ -57,7 +57,7 @@ def test_damage_is_that_of_replacing_this_group_alone(tmp_path):
     want, losses = [], []
     for ids in cases.ids:
         teacher = model(ids[None]).logits[0, at].log_softmax(-1)
-        conversion = Conversion(model, plan)
+        conversion = convert(model, plan)
         student = model(ids[None], use_cache=False).logits[0, at].log_softmax(-1)
         conversion.remove()
         want.append((teacher.exp() * (teacher - student)).sum(-1).mean().item())

@@ -10,7 +10,7 @@ from attnconvert.convert.budgets import make_task
 from attnconvert.convert.costs import analytic, plan_cost
 from attnconvert.convert.errors import UsageError
 from attnconvert.convert.explain import explain
-from attnconvert.convert.hosts.transformers import Site
+from attnconvert.convert.hosts.sites import Site
 from attnconvert.convert.profiling import Profile
 from attnconvert.convert.recipe import SelectSettings
 from attnconvert.convert.selection import require_profile, select

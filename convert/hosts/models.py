@@ -20,9 +20,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
-from ...kernels.spec import Spec
 from ..errors import UsageError
-from .transformers import NAME, Conversion, Site, Unsupported, all_full, submodule
+from .sites import NAME, Site, Unsupported, all_full, submodule
+from .surgery import converted
 
 
 @torch.no_grad()
@@ -169,28 +169,6 @@ def _refuse_layer_types(model: PreTrainedModel) -> None:
         raise Unsupported(
             f"{type(model).__name__} has layers of type {', '.join(sorted(others))}, which are not known here"
         )
-
-
-@contextlib.contextmanager
-def converted(model: PreTrainedModel, plan: Mapping[Site, Sequence[Spec]]) -> Iterator[Conversion]:
-    """Inside, a plan is at work in the model."""
-    conversion = Conversion(model, plan)
-    try:
-        yield conversion
-    finally:
-        conversion.remove()
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter that the model has now asks for gradients."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
 
 
 class Replay:

@@ -42,7 +42,8 @@ class ConvertedConfig(PreTrainedConfig):
         """The config of the converted class, which is registered with its auto class on the way."""
         import transformers
 
-        from .transformers import NAME, converted_config, converted_model
+        from .sites import NAME
+        from .transformers import converted_config, converted_model
 
         base = getattr(transformers, config_dict[NAME]["base"])
         config = converted_config(base)

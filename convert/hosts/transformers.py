@@ -4,16 +4,14 @@ Attention is intercepted where every architecture hands it over: transformers' A
 norms and rotary embedding. A mask function keeps the 2-D padding mask, and a hook on each site swaps its cache layer
 for one that holds the states of our operators. No attention module is rebuilt, so each keeps its own details.
 
-An exported checkpoint carries this file and `kernels`; it must import nothing else of attnconvert.
+An exported checkpoint carries this file, `sites` and `kernels`; it must import nothing else of attnconvert.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,138 +21,50 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function
 
-from ...kernels import operators
 from ...kernels.call import Call, map_state, state_bytes
-from ...kernels.spec import Full, Retention, Spec, Window, label, spec_from_dict, spec_to_dict
+from ...kernels.spec import Spec
+from .sites import NAME, Conversion, Site, SiteOperators, Unsupported, read_plan_block, submodule
 
-NAME = "attnconvert"  # of the attention implementation, the submodule of a site, the config block and the model type
-FORMAT = 1  # of the config block
 REFUSED = ("position_bias", "head_mask", "cache", "cu_seq_lens_q", "encoder_hidden_states")
 
-Observer = Callable[["SiteOperators", Tensor, Tensor, Tensor, Call], "Tensor | None"]
 
-
-class Unsupported(ValueError):
-    """The model, or something asked of it, is beyond what can be converted; the message names the module and why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """One self-attention: `name` of its module, layer index, query heads, KV heads, head dimension, own window.
-
-    Where it is not `causal` rows read in both directions, as in an encoder.
-    """
-
-    name: str
-    layer: int
-    heads: int
-    kv_heads: int
-    dim: int
-    limit: int | None = None
-    causal: bool = True
-
-
-def refusal(site: Site, spec: Spec) -> str | None:
-    """Why a site cannot take an operator, or None where it can."""
-    if not site.causal and isinstance(spec, Retention):
-        return f"{site.name} reads in both directions, and {label(spec)} keeps what later rows will read"
-    if site.limit is None or isinstance(spec, Full):
-        return None
-    if not isinstance(spec, Window):
-        return f"{site.name} has a sliding window of {site.limit} tokens of its own, which {label(spec)} reads beyond"
-    if spec.size + spec.sinks >= site.limit:
-        return f"{site.name} has a sliding window of {site.limit} tokens of its own: {label(spec)} keeps no less"
-    return None
-
-
-def all_full(sites: Iterable[Site]) -> dict[Site, list[Spec]]:
-    """The plan that converts nothing: the teacher on our own code."""
-    return {site: [Full()] * site.kv_heads for site in sites}
-
-
-class SiteOperators(nn.Module):
-    """What attnconvert hangs into an attention module: the operator of each KV group and what it learned.
-
-    `active` False runs full attention everywhere: the teacher. An `observer` sees every call and may answer it.
-    """
-
-    def __init__(self, site: Site, specs: Sequence[Spec]) -> None:
-        super().__init__()
-        if len(specs) != site.kv_heads:
-            raise ValueError(f"{site.name} has {site.kv_heads} KV groups but the plan names {len(specs)} operators")
-        for spec in specs:
-            if reason := refusal(site, spec):
-                raise Unsupported(reason)
-        self.site, self.specs = site, tuple(specs)
-        self.active = True
-        self.observer: Observer | None = None
-        self.layer: OperatorLayer | None = None
-        group = site.heads // site.kv_heads
-        self.parts = [(s, tuple(i for i, x in enumerate(specs) if x == s)) for s in dict.fromkeys(specs)]
-        for spec, groups in self.parts:
-            heads = len(groups)
-            learned = operators.of(spec).parameters(spec, heads * group, heads, site.dim)
-            if learned is not None:
-                self.add_module(label(spec), learned)
-
-    def learned(self, spec: Spec) -> nn.Module | None:
-        """The feature maps and gates of one operator, or None."""
-        return self._modules.get(label(spec))
-
-    def answer(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        sliding_window: int | None = None,
-        s_aux: Tensor | None = None,
-        **others: Any,
-    ) -> Tensor:
-        """One call of the attention interface. Shapes as in `attention_function`. → (B, Q, H, D)"""
-        for name in REFUSED:
-            if others.get(name) is not None:
-                raise Unsupported(f"{self.site.name} passes {name} to its attention, which no operator here knows")
-        seen = self.layer.seen if self.layer is not None else 0
-        expected = (query.shape[0], seen + query.shape[2])
-        if attention_mask is not None and attention_mask.shape != expected:
-            raise Unsupported(
-                f"{self.site.name}: the attention mask has shape {tuple(attention_mask.shape)}; this takes "
-                f"a padding mask of (batch, tokens so far) = {expected}"
-            )
-        if query.dtype != value.dtype:  # autocast leaves rotated queries and keys in fp32
-            query, key = query.to(value.dtype), key.to(value.dtype)
-        call = Call(
-            scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-            seen=seen,
-            valid=attention_mask,
-            softcap=softcap,
-            sink_logits=s_aux,
-            limit=sliding_window,
-            keep=self.layer is not None,
-            causal=self.site.causal,
+def answer(
+    site: SiteOperators,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> Tensor:
+    """One call of the attention interface. Shapes as in `attention_function`. → (B, Q, H, D)"""
+    for name in REFUSED:
+        if others.get(name) is not None:
+            raise Unsupported(f"{site.site.name} passes {name} to its attention, which no operator here knows")
+    seen = site.layer.seen if site.layer is not None else 0
+    expected = (query.shape[0], seen + query.shape[2])
+    if attention_mask is not None and attention_mask.shape != expected:
+        raise Unsupported(
+            f"{site.site.name}: the attention mask has shape {tuple(attention_mask.shape)}; this takes "
+            f"a padding mask of (batch, tokens so far) = {expected}"
         )
-        o: Tensor = self(query, key, value, call)
-        return o.transpose(1, 2)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        """q (B, H, Q, D), k, v (B, Hk, Q, D), all of the new tokens → (B, H, Q, D)"""
-        answer = self.observer(self, q, k, v, call) if self.observer is not None else None
-        return self.operate(q, k, v, call, self.active) if answer is None else answer
-
-    def operate(self, q: Tensor, k: Tensor, v: Tensor, call: Call, student: bool) -> Tensor:
-        """Attention as the student does it, or as the teacher. Shapes as in `forward`."""
-        layer, self.layer = self.layer, None
-        uses = [operators.Use(Full(), tuple(range(self.site.kv_heads)))]
-        if student:
-            uses = [operators.Use(spec, groups, self.learned(spec)) for spec, groups in self.parts]
-        states = layer.begin(self, len(uses), q.shape[2]) if layer is not None else [None] * len(uses)
-        o, states = operators.attend_all(uses, q, k, v, call, states)
-        if layer is not None:
-            layer.states = states
-        return o
+    if query.dtype != value.dtype:  # autocast leaves rotated queries and keys in fp32
+        query, key = query.to(value.dtype), key.to(value.dtype)
+    call = Call(
+        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        seen=seen,
+        valid=attention_mask,
+        softcap=softcap,
+        sink_logits=s_aux,
+        limit=sliding_window,
+        keep=site.layer is not None,
+        causal=site.site.causal,
+    )
+    o: Tensor = site(query, key, value, call)
+    return o.transpose(1, 2)
 
 
 class OperatorLayer(CacheLayerMixin):
@@ -290,98 +200,38 @@ AttentionInterface.register(NAME, attention_function)
 AttentionMaskInterface.register(NAME, mask_function)
 
 
-class Conversion:
-    """A plan at work in a model. `teacher()` switches it off for a while, `remove()` takes it out again."""
+def convert(model: PreTrainedModel, plan: Mapping[Site, Sequence[Spec]]) -> Conversion:
+    """Put a plan to work in the model.
 
-    def __init__(self, model: PreTrainedModel, plan: Mapping[Site, Sequence[Spec]]) -> None:
-        self.model = model
-        self.before = model.config._attn_implementation
-        self.sites: dict[str, SiteOperators] = {}
-        self.hooks = []
-        ready = [(submodule(model, site.name), SiteOperators(site, specs)) for site, specs in plan.items()]
-        for module, mine in ready:
-            if NAME in module._modules:
-                raise ValueError(f"{mine.site.name} is converted already: remove the first conversion")
-        for module, mine in ready:
-            site = mine.site
-            where = next(module.parameters(recurse=True), None)
-            mine = mine if where is None or where.is_meta else mine.to(where.device)
-            module.add_module(NAME, mine)
-            self.sites[site.name] = mine
-            self.hooks.append(module.register_forward_pre_hook(_swap_cache_layer, with_kwargs=True))
-        self.was_stateful = getattr(model, "_is_stateful", False)
-        model._is_stateful = True  # generate then refuses to roll back before it starts
-        self.installed = True
-        model.set_attn_implementation(NAME)
-
-    @contextlib.contextmanager
-    def teacher(self) -> Iterator[None]:
-        """Full attention everywhere: the original model."""
-        with _setting(self.sites.values(), "active", False):
-            yield
-
-    @contextlib.contextmanager
-    def observe(self, observer: Observer) -> Iterator[None]:
-        """`observer` sees q, k, v of every site and may answer in its place."""
-        with _setting(self.sites.values(), "observer", observer):
-            yield
-
-    def learned(self) -> dict[str, nn.Parameter]:
-        """Feature maps and gates by their names in the model's state dict."""
-        return {f"{name}.{NAME}.{key}": p for name, site in self.sites.items() for key, p in site.named_parameters()}
-
-    def remove(self) -> None:
-        """Leave the model as it was found."""
-        for hook in self.hooks:
-            hook.remove()
-        for name in self.sites:
-            del submodule(self.model, name)._modules[NAME]
-        self.installed = False
-        self.model._is_stateful = self.was_stateful
-        self.model.set_attn_implementation(self.before)
+    Raises:
+        Unsupported: an operator does not fit its site. ValueError: the model is converted already.
+    """
+    return Conversion(model, plan, _install, _uninstall)
 
 
-def submodule(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        raise Unsupported(f"{type(model).__name__} has no module {name!r}: the plan is of another model") from None
+def _install(model: PreTrainedModel, sites: Mapping[str, SiteOperators]) -> dict[str, Any]:
+    for name in sites:
+        if NAME in submodule(model, name)._modules:
+            raise ValueError(f"{name} is converted already: remove the first conversion")
+    kept = {"attention": model.config._attn_implementation, "stateful": getattr(model, "_is_stateful", False)}
+    hooks = []
+    for name, mine in sites.items():
+        module = submodule(model, name)
+        mine.respond = answer
+        module.add_module(NAME, mine)
+        hooks.append(module.register_forward_pre_hook(_swap_cache_layer, with_kwargs=True))
+    model._is_stateful = True  # generate then refuses to roll back before it starts
+    model.set_attn_implementation(NAME)
+    return {**kept, "hooks": hooks}
 
 
-@contextlib.contextmanager
-def _setting(objects: Any, attribute: str, value: Any) -> Iterator[None]:
-    objects = list(objects)
-    before = [getattr(x, attribute) for x in objects]
-    try:
-        for x in objects:
-            setattr(x, attribute, value)
-        yield
-    finally:
-        for x, old in zip(objects, before, strict=True):
-            setattr(x, attribute, old)
-
-
-def plan_block(base: str, plan: Mapping[Site, Sequence[Spec]]) -> dict[str, Any]:
-    """The `attnconvert` block of an exported config.json of class `base`; `read_plan_block` is its inverse."""
-    specs = {label(s): spec_to_dict(s) for groups in plan.values() for s in groups}
-    sites = {
-        site.name: {**dataclasses.asdict(site), "groups": [label(s) for s in groups]} for site, groups in plan.items()
-    }
-    for entry in sites.values():
-        del entry["name"]
-    return {"format": FORMAT, "base": base, "operators": specs, "sites": sites}
-
-
-def read_plan_block(block: Mapping[str, Any]) -> dict[Site, list[Spec]]:
-    """Sites and operators from the block of a config.json."""
-    if block.get("format") != FORMAT:
-        raise Unsupported(f"the checkpoint's attnconvert format is {block.get('format')!r}, this code reads {FORMAT}")
-    specs = {name: spec_from_dict(given) for name, given in block["operators"].items()}
-    plan = {}
-    for name, entry in block["sites"].items():
-        settings = {key: value for key, value in entry.items() if key != "groups"}
-        plan[Site(name, **settings)] = [specs[x] for x in entry["groups"]]
-    return plan
+def _uninstall(model: PreTrainedModel, sites: Mapping[str, SiteOperators], kept: dict[str, Any]) -> None:
+    for hook in kept["hooks"]:
+        hook.remove()
+    for name in sites:
+        del submodule(model, name)._modules[NAME]
+    model._is_stateful = kept["stateful"]
+    model.set_attn_implementation(kept["attention"])
 
 
 def converted_config(base: type[PreTrainedModel]) -> type[PreTrainedConfig]:
@@ -403,7 +253,7 @@ def converted_model(base: type[PreTrainedModel], config: type[PreTrainedConfig])
 
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
-            self.conversion = Conversion(self, read_plan_block(config.attnconvert))
+            self.conversion = convert(self, read_plan_block(config.attnconvert))
 
         def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
             conversion = getattr(self, "conversion", None)

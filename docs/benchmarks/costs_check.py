@@ -22,7 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from attnconvert.convert.costs import check_summary, plan_cost
 from attnconvert.convert.costs_measure import STEPS, Clock, measure_costs
 from attnconvert.convert.hosts.models import find_sites, last_logits
-from attnconvert.convert.hosts.transformers import Conversion, Site
+from attnconvert.convert.hosts.sites import Site
+from attnconvert.convert.hosts.surgery import convert
 from attnconvert.convert.progress import rich_track
 from attnconvert.kernels.spec import Full, Hybrid, Linear, Retention, Spec, Window
 
@@ -68,7 +69,7 @@ def whole(
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in plans}
     for turn in range(repeats + 1):
         for name, plan in plans.items():
-            conversion = Conversion(model, plan)
+            conversion = convert(model, plan)
             try:
                 found = once(model, length, clock)
             finally:

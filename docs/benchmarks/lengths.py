@@ -20,8 +20,8 @@ import torch
 from attnconvert.convert.damage import kl
 from attnconvert.convert.evaluation import CHUNK, costs
 from attnconvert.convert.files import stored, write_json
-from attnconvert.convert.hosts import models
-from attnconvert.convert.hosts.transformers import all_full
+from attnconvert.convert.hosts import surgery
+from attnconvert.convert.hosts.sites import all_full
 from attnconvert.convert.machine import hardware, versions
 from attnconvert.convert.progress import Track, rich_track
 from attnconvert.convert.recipe import load_recipe
@@ -88,7 +88,7 @@ def losses(work: Work, ids: torch.Tensor, place: Path, track: Track) -> dict[str
     def measure(spec: Spec) -> dict[str, float]:
         if not want:
             want.append(work.model(ids, use_cache=False).logits[0])
-        with models.converted(work.model, plan(work, spec)):
+        with surgery.converted(work.model, plan(work, spec)):
             got = work.model(ids, use_cache=False).logits[0]
         return compared(want[0], got, ids[0])
 
