@@ -33,7 +33,7 @@ from .convert.terminal import Terminal
 from .kernels.spec import BACKENDS
 
 if TYPE_CHECKING:
-    from .convert.recipe import Recipe
+    from .convert.recipe import AnyRecipe
     from .convert.runs import Run
 
 CODES = "[b]Exit codes[/b]\n\n" + "\n\n".join(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())
@@ -308,7 +308,7 @@ def _explain(folder: Path, where: str, terminal: Terminal) -> None:
     terminal.result({"where": where, "lines": lines}, *map(Text, lines))
 
 
-def _run(recipe: Recipe, folder: Path, until: str, terminal: Terminal) -> None:
+def _run(recipe: AnyRecipe, folder: Path, until: str, terminal: Terminal) -> None:
     from .convert.outcomes import outcome, summary
     from .convert.runs import Run
 
@@ -332,7 +332,7 @@ def _one_stage(folder: Path, stage: str, terminal: Terminal) -> None:
     terminal.result(*outcome(run, stage, terminal.out.width))
 
 
-def _foresee(recipe: Recipe, folder: Path, until: str, terminal: Terminal) -> None:
+def _foresee(recipe: AnyRecipe, folder: Path, until: str, terminal: Terminal) -> None:
     from .convert.inspection import stage_states
     from .convert.runs import Run
     from .convert.tables import stages_table

@@ -31,12 +31,12 @@ from .convert.recipe_inputs import ModelSource
 from .convert.refinement import refine
 from .convert.report import write_report
 from .convert.selection import Selection, require_profile, select
-from .convert.sources import Document, fetch_model, load_model, refuse_overlap
+from .convert.sources import fetch_model, load_model, refuse_overlap
 from .convert.text import Needles
 from .distill.gates import learn_gates
 from .distill.loop import distill
 from .distill.samples import keep_texts, prompts, read_samples, sample
-from .distill.work import COSTS, STUDENT, Work, identity
+from .distill.work import COSTS, STUDENT, Work, described, identity
 from .kernels.spec import Spec
 
 if TYPE_CHECKING:
@@ -52,27 +52,24 @@ def profile_stage(work: Work) -> None:
     """profile/profile.json"""
     settings = work.recipe.profile
     with work.run.stage("profile") as folder:
-        task = work.profile_needles
         found = profile(
             work.model,
             work.sites,
-            work.profile_texts,
-            task,
+            work.profile_samples,
+            work.profile_cases,
             settings.candidates,
             rows=settings.rows,
             damage=settings.damage,
             folder=folder,
             track=work.track,
             gradients=settings.gradients,
-            retrieval=[]
-            if is_encoder(work.model)
-            else [work.needles(x, work.calibration, settings.seed) for x in settings.retrieval],
+            retrieval=work.retrieval_tasks(),
             learned=work.learned,
             data={
                 "model": type(work.model).__name__,
                 "identity": identity(work.run),
                 "element": work.model.dtype.itemsize,
-                "text": _described(work.calibration),
+                **work.profile_data(),
                 **settings.model_dump(mode="json", exclude={"candidates"}),
             },
         )
@@ -90,7 +87,7 @@ def _gates(work: Work, folder: Path) -> Table:
                 method,
                 work.model,
                 work.sites,
-                work.profile_needles,
+                work.profile_cases,
                 settings.candidates[0],
                 steps=settings.gate_steps,
                 full=settings.gate_full,
@@ -141,8 +138,8 @@ def choose(
     needs_model = settings.rounds or settings.keep_quality is not None or settings.method == "restore"
     if not needs_model:
         return select(measured, settings, model, costs=costs), []
-    task, learned = work.profile_needles.first(settings.measure_cases), work.learned
-    place = folder / f"measured-{len(task.ids)}"
+    task, learned = work.profile_cases.first(settings.measure_cases), work.learned
+    place = folder / f"measured-{len(task)}"
     measure = Joint(work.model, work.sites, task, learned, place, work.track)
     if not settings.rounds:
         return select(measured, settings, model, costs=costs, measure=measure), []
@@ -156,8 +153,13 @@ def choose(
 
 def sample_stage(work: Work) -> None:
     """samples/shard-….parquet"""
-    settings = work.recipe.sample
     with work.run.stage("sample") as folder:
+        if work.recipe.kind == "images":
+            from .distill.image_samples import sample_images
+
+            sample_images(work.images, work.sites, work.of_images.sample, folder)
+            return
+        settings = work.of_text.sample
         if is_encoder(work.model):
             texts = work.sequences(work.calibration, settings.sequences, settings.length, settings.seed)
             keep_texts(texts, settings, folder)
@@ -173,10 +175,18 @@ def distill_stage(work: Work) -> None:
         trained = {arm: folder for arm in plans if (folder := work.trained(arm)) is not None}
         if not trained:
             return
-        samples = read_samples(work.run.folder("sample"), work.recipe.sample)
         for arm, folder in trained.items():
             log.info("distilling %s", arm)
-            distill(work.model, plans[arm].for_sites(work.sites), samples, work.recipe.distill, folder, work.track)
+            plan = plans[arm].for_sites(work.sites)
+            if work.recipe.kind == "images":
+                from .distill.image_samples import read_images
+                from .distill.image_training import distill_images
+
+                kept = read_images(work.run.folder("sample"), work.of_images.sample)
+                distill_images(work.images, plan, kept, work.of_images.distill, folder)
+            else:
+                samples = read_samples(work.run.folder("sample"), work.of_text.sample)
+                distill(work.model, plan, samples, work.of_text.distill, folder, work.track)
 
 
 def evaluate_stage(work: Work) -> None:
@@ -187,12 +197,14 @@ def evaluate_stage(work: Work) -> None:
 
 
 def _evaluate(work: Work, arms: Sequence[str], load: Callable[[str], Any], kept: Path | None) -> dict[str, Any]:
-    settings = work.recipe.evaluate
+    if work.recipe.kind == "images":
+        from .distill.image_stages import evaluate_images
+
+        return evaluate_images(work, arms, load, kept, STUDENT)
+    settings, gates = work.of_text.evaluate, work.of_text.gates
     refuse_overlap(work.calibration, work.heldout)
     task = work.cases(settings.needles, work.heldout, settings.seed)
-    lengths = sorted(
-        {*settings.lengths, *(settings.speed.lengths if settings.speed else ()), *work.recipe.gates.kv_ratio}
-    )
+    lengths = sorted({*settings.lengths, *(settings.speed.lengths if settings.speed else ()), *gates.kv_ratio})
     element = work.model.dtype.itemsize
 
     def once(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -243,7 +255,7 @@ def _evaluate(work: Work, arms: Sequence[str], load: Callable[[str], Any], kept:
     document: dict[str, Any] = {
         "schema": 1,
         "machine": hardware(),
-        "data": {"text": _described(work.heldout), **settings.model_dump(mode="json")},
+        "data": {"text": described(work.heldout), **settings.model_dump(mode="json")},
         "arms": {"teacher": teacher, **result},
         "speed": {},
     }
@@ -255,7 +267,7 @@ def _evaluate(work: Work, arms: Sequence[str], load: Callable[[str], Any], kept:
             return evaluation.speed(*pair, timing.lengths, timing.repeats, timing.decode_tokens, work.track)
 
         document["speed"] = once("speed", measure_speed)
-    document["gates"] = evaluation.check_gates(work.recipe.gates, document)
+    document["gates"] = evaluation.check_gates(gates, document)
     return document
 
 
@@ -401,16 +413,6 @@ def require_gates(document: Mapping[str, Any]) -> None:
             f"{g['name']} is {value}, the bound is {g['limit']:g}" for g, value in zip(missed, values, strict=True)
         )
         raise GateMissed(f"{len(missed)} of {len(document['gates'])} gates missed: {told}")
-
-
-def _described(documents: Sequence[Document]) -> dict[str, Any]:
-    names = [d.name for d in documents]
-    return {
-        "documents": len(names),
-        "first": names[0],
-        "last": names[-1],
-        "characters": sum(len(d.text) for d in documents),
-    }
 
 
 def _headline(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A unit is what is decided at once: a KV group, a whole layer where `unit` is lay
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..kernels.spec import Full, Spec
-from .costs import Costs, analytic, kind
+from .costs import Costs, kind, of_profile
 from .damage import Group
 from .errors import UsageError
 from .hosts.sites import Site, refusal
@@ -163,7 +164,7 @@ def make_task(profile: Profile, settings: SelectSettings, costs: Costs | None = 
     Raises:
         UsageError: a layer that the model does not have, layers that cannot share, a budget without costs.
     """
-    costs = costs or analytic(profile.sites, profile.candidates.values(), (LENGTH,), 1, profile.data.get("element", 2))
+    costs = costs or of_profile(profile, (LENGTH,))
     operator = settings.operator
     wanted = [operator] if operator else list(profile.candidates.values())
     shared = _shared(profile, settings)
@@ -277,9 +278,13 @@ def retrieval_score(profile: Profile, group: Group) -> float | None:
 
 
 def usual_length(profile: Profile) -> int:
-    """At which costs are compared where nobody names a length: 8,192 tokens, or what an encoder was profiled on."""
+    """At which costs are compared where nobody names a length: 8,192 tokens, or what an encoder was profiled on, or
+    the tokens of the profiled image.
+    """
     if profile.causal:
         return LENGTH
+    if "grid" in profile.data:
+        return math.prod(profile.data["grid"])
     return int(profile.data.get("length") or LENGTH)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from .hosts.sites import Site, refusal
 
 if TYPE_CHECKING:
     from rich.console import Group as Shown
+
+    from .profiling import Profile
 
 __all__ = ["RESOURCES", "Costs", "analytic", "kind", "plan_cost", "require_costs"]
 
@@ -40,7 +43,8 @@ class Costs:
     """What every (site, operator) costs per KV group, what a kind of operator costs per layer, and the rest.
 
     `rows` are the timed layers, `rest[phase][length]` ms of the model without attention; both may be empty, and then
-    only FLOPs and bytes are known. `element` is bytes per cached number; `model` says whose rest it is.
+    only FLOPs and bytes are known. `element` is bytes per cached number; `model` says whose rest it is. `grid` and
+    `text` are of an image or video model: its tokens at the size that was profiled, and how many the prompt has.
     """
 
     machine: dict[str, Any]
@@ -53,6 +57,8 @@ class Costs:
     rows: tuple[Row, ...] = ()
     rest: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     model: str | None = None
+    grid: tuple[int, ...] = ()
+    text: int = 0
 
     def group_cost(self, resource: str, site: Site, spec: Spec, length: int) -> float:
         """Of one KV group of the site: ms, FLOPs or bytes of the whole batch.
@@ -64,7 +70,9 @@ class Costs:
         if resource in TIMES:
             shared = self._shared(resource, layer, length) / layer.kv_heads
             return self._model(resource).group(layer, spec, length) + shared
-        work = group_work("prefill", layer, spec, length, self.element)
+        layout = site.layout(scaled(self.grid, length), self.text) if site.axes else None
+        tokens = length if layout is None else layout.tokens
+        work = group_work("prefill", layer, spec, tokens, self.element, layout)
         return self.batch * (work.flops if _known(resource) == "flops" else work.state_bytes)
 
     def launch_cost(self, resource: str, site: Site, kind: str, length: int) -> float:
@@ -155,7 +163,7 @@ class Costs:
         if not isinstance(given, Mapping) or given.get("schema") != SCHEMA or "rows" not in given:
             raise UsageError(f"this is no table of costs of schema {SCHEMA}: run `attnconvert costs` again")
         fields = {f.name: given[f.name] for f in dataclasses.fields(Costs)}
-        fields["lengths"] = tuple(given["lengths"])
+        fields["lengths"], fields["grid"] = tuple(given["lengths"]), tuple(given["grid"])
         fields["sites"] = tuple(Site(**site) for site in given["sites"])
         fields["candidates"] = tuple(spec_from_dict(spec) for spec in given["candidates"])
         fields["rows"] = tuple(Row.from_json(row) for row in given["rows"])
@@ -209,11 +217,45 @@ def check_summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]
     }
 
 
+def scaled(grid: Sequence[int], tokens: int) -> tuple[int, ...]:
+    """The grid of that many tokens with the proportions of this one; the frames of a video stay.
+
+    Raises:
+        UsageError: there is none in whole numbers.
+    """
+    frames = math.prod(grid[:-2])
+    height, width = grid[-2:]
+    found = round(height * math.sqrt(tokens / (frames * height * width)))
+    wide = round(found * width / height)
+    if found < 1 or frames * found * wide != tokens:
+        least = height // math.gcd(height, width), width // math.gcd(height, width)
+        sizes = [frames * least[0] * least[1] * n * n for n in (8, 16, 32, 64)]
+        raise UsageError(
+            f"no image of the proportions {height}×{width} has {tokens:,} tokens: give a number such as "
+            f"{', '.join(f'{n:,}' for n in sizes)}"
+        )
+    return (*grid[:-2], found, wide)
+
+
 def analytic(
-    sites: Iterable[Site], candidates: Iterable[Spec], lengths: Sequence[int], batch: int, element: int
+    sites: Iterable[Site],
+    candidates: Iterable[Spec],
+    lengths: Sequence[int],
+    batch: int,
+    element: int,
+    grid: Sequence[int] = (),
+    text: int = 0,
 ) -> Costs:
     """FLOPs and bytes without a clock; `element` is bytes per cached number. Times then raise UsageError."""
-    return Costs({}, "", batch, tuple(lengths), element, tuple(sites), tuple(candidates))
+    known = tuple(sites), tuple(candidates)
+    return Costs({}, "", batch, tuple(lengths), element, *known, grid=tuple(grid), text=text)
+
+
+def of_profile(profile: Profile, lengths: Sequence[int]) -> Costs:
+    """FLOPs and bytes of what was profiled."""
+    data = profile.data
+    where = data.get("grid", ()), data.get("text", 0) if "grid" in data else 0
+    return analytic(profile.sites, profile.candidates.values(), lengths, 1, data.get("element", 2), *where)
 
 
 def plan_cost(costs: Costs, resource: str, plan: Mapping[Site, Sequence[Spec]], length: int) -> float:

@@ -20,6 +20,7 @@ from scipy.optimize import least_squares, nnls
 
 from ..kernels import operators
 from ..kernels.call import Cost, Shape
+from ..kernels.masks import Layout
 from ..kernels.spec import Full, Spec, Window, spec_from_dict, spec_to_dict
 from .hosts.sites import Site
 
@@ -88,10 +89,14 @@ def counted(spec: Spec, limit: int | None) -> Spec:
     return Window(size=limit, sinks=0) if spec == Full() and limit is not None else spec
 
 
-def group_work(phase: str, layer: Layer, spec: Spec, length: int, element: int) -> Cost:
-    """FLOPs and bytes of one KV group and one sequence: of a prefill, or of one token at this length."""
+def group_work(phase: str, layer: Layer, spec: Spec, length: int, element: int, layout: Layout | None = None) -> Cost:
+    """FLOPs and bytes of one KV group and one sequence: of a prefill, or of one token at this length.
+
+    Args:
+        layout: of the tokens of an image or a video, `length` in all.
+    """
     spec = counted(spec, layer.limit)
-    shape = Shape(queries=layer.queries, dim=layer.dim, element=element, causal=layer.causal)
+    shape = Shape(queries=layer.queries, dim=layer.dim, element=element, causal=layer.causal, layout=layout)
     implementation = operators.of(spec)
     count = implementation.prefill_cost if phase == "prefill" else implementation.decode_cost
     return count(spec, shape, length)

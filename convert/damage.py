@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.spec import Full, Spec, label
@@ -32,11 +31,6 @@ Job = tuple[str, int, int]  # candidate, site index, KV group
 Measure = Callable[[Mapping[Group, Spec]], dict[str, float]]
 
 
-def kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of log-probabilities (…, V), in nats. → (…)"""
-    return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
-
-
 def joint_loss(found: Mapping[str, float], weight: float) -> float:
     """KL plus the weighted rise of the answer's loss: what a selection lowers. Below 0 is noise, and counts as 0.
 
@@ -53,11 +47,6 @@ def summed_up(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     needles = [row["needle"] for row in rows]
     error = statistics.stdev(needles) / len(needles) ** 0.5 if len(needles) > 1 else 0.0
     return {**found, "needle_error": error}
-
-
-def answer_loss(log_probabilities: Tensor, target: Tensor) -> float:
-    """Mean negative log-likelihood of the answer's tokens, whose predictions come last."""
-    return F.nll_loss(log_probabilities[-len(target) :], target).item()
 
 
 @contextmanager
@@ -168,7 +157,7 @@ def _cases(
     track: Track,
 ) -> list[dict[str, Any]]:
     """Every case of the jobs; one that is finished stays in `place`-000.json and so on."""
-    title = f"{'re-scoring' if around else 'damage'}, case {{}} of {len(needles.ids)}"
+    title = f"{'re-scoring' if around else 'damage'}, case {{}} of {len(needles)}"
     return [
         stored(
             place.with_name(f"{place.name}-{case:03d}.json"),
@@ -176,7 +165,7 @@ def _cases(
                 model, sites, needles, case, names, learned, track(jobs, title.format(case + 1)), around
             ),
         )
-        for case in range(len(needles.ids))
+        for case in range(len(needles))
     ]
 
 
@@ -191,24 +180,18 @@ def _damage_of_case(
     around: Mapping[Group, Spec],
 ) -> dict[str, Any]:
     """KL to the teacher and rise of the answer's loss for every job, the groups of `around` being replaced as well."""
-    target = needles.target(case).to(model.device)
     replay = Replay(model, sites)
     with replaced(model, sites, {}, learned), replay.record():
-        want = needles.log_probabilities(model, case)
+        want = needles.answers(model, case)
     whole = want
     if around:
         with replaced(model, sites, around, learned), replay.record():
-            whole = needles.log_probabilities(model, case)
+            whole = needles.answers(model, case)
     rows = []
     for name, n, group in jobs:
         with replaced(model, sites, {**around, (n, group): names[name]}, learned), replay.start(n):
-            rows.append(_compared(want, needles.log_probabilities(model, case), target))
-    return {"teacher": answer_loss(want, target), "joint": _compared(want, whole, target), "jobs": rows}
-
-
-def _compared(want: Tensor, got: Tensor, target: Tensor) -> dict[str, float]:
-    """What the answers `got` lose against the teacher's."""
-    return {"kl": kl(want, got).mean().item(), "needle": answer_loss(got, target) - answer_loss(want, target)}
+            rows.append(needles.compared(case, want, needles.answers(model, case)))
+    return {"teacher": needles.answer_loss(case, want), "joint": needles.compared(case, want, whole), "jobs": rows}
 
 
 def plan_key(chosen: Mapping[Group, Spec]) -> str:
@@ -243,12 +226,11 @@ class Joint:
     def _measure(self, chosen: Mapping[Group, Spec]) -> dict[str, float]:
         if not self.teacher:
             with replaced(self.model, self.sites, {}, self.learned):
-                cases = self.track(range(len(self.needles.ids)), "teacher's answers")
-                self.teacher = [self.needles.log_probabilities(self.model, n).cpu() for n in cases]
+                cases = self.track(range(len(self.needles)), "teacher's answers")
+                self.teacher = [self.needles.answers(self.model, n).cpu() for n in cases]
         rows = []
         with replaced(self.model, self.sites, chosen, self.learned):
             for n, want in enumerate(self.track(self.teacher, f"joint damage {self.count}")):
-                got = self.needles.log_probabilities(self.model, n)
-                target = self.needles.target(n).to(got.device)
-                rows.append(_compared(want.to(got.device), got, target))
+                got = self.needles.answers(self.model, n)
+                rows.append(self.needles.compared(n, want.to(got.device), got))
         return summed_up(rows)

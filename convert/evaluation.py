@@ -20,12 +20,11 @@ from torch import Tensor
 from ..kernels import operators
 from ..kernels.call import Shape
 from ..kernels.spec import Full, Spec, Window
-from .damage import kl
 from .hosts import models
 from .hosts.sites import Site
 from .hosts.transformers import OperatorLayer
 from .passages import Passages
-from .text import Needles
+from .text import Needles, kl
 
 if TYPE_CHECKING:
     from .progress import Track
@@ -87,8 +86,8 @@ def encoding(teacher: Any, student: Any, ids: Tensor, batch: int, track: Track, 
 @torch.no_grad()
 def search(model: Any, passages: Passages, track: Track, title: str) -> dict[str, float]:
     """Share of facts that find their passage first, among the bank's."""
-    cases = track(range(len(passages.ids)), title)
-    hits = [passages.log_probabilities(model, n)[-1].argmax().item() == passages.target(n).item() for n in cases]
+    cases = track(range(len(passages)), title)
+    hits = [passages.answers(model, n)[-1].argmax().item() == passages.target(n).item() for n in cases]
     return {"exact": statistics.fmean(hits), "cases": len(hits), "length": passages.ids.shape[1]}
 
 

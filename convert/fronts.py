@@ -10,7 +10,7 @@ import numpy as np
 
 from ..kernels.spec import Full, Spec, label
 from .budgets import Budget, Losses, make_task, usual_length
-from .costs import Costs, analytic, plan_cost
+from .costs import Costs, of_profile, plan_cost
 from .damage import Group
 from .errors import UsageError
 from .losses import cell, losses_of
@@ -94,9 +94,7 @@ class _Judge:
         self.budget: Budget = task.budgets[0]
         self.least = self.budget.base + cheapest_each(task.skeleton)[self.budget.name][0]
         self.losses: Losses = losses_of(task)
-        self.known = costs or analytic(
-            profile.sites, profile.candidates.values(), (length,), 1, profile.data.get("element", 2)
-        )
+        self.known = costs or of_profile(profile, (length,))
 
     def shares(self, points: int) -> list[float]:
         """Budgets as shares of the original's, from a little more than the cheapest plan takes upwards."""

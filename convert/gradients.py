@@ -24,8 +24,6 @@ from .text import Cases
 if TYPE_CHECKING:
     from .progress import Track
 
-LOSSES = ("text", "needle")  # next-token loss before the answer, and the answer's
-
 
 def first_order(
     model: Any,
@@ -46,15 +44,16 @@ def first_order(
     """
     effects = _Effects(names, rows, learned)
     with surgery.frozen(model), surgery.converted(model, all_full(sites)) as conversion:
-        for case in track(range(len(needles.ids)), "first-order effects"):
-            for loss in LOSSES:
+        for case in track(range(len(needles)), "first-order effects"):
+            for loss in needles.losses:
                 _backward(model, conversion, needles, case, loss, effects)
     means = effects.means
-    tables = {loss: {name: means.table(f"{loss} {name}", sites) for name in names} for loss in LOSSES}
+    tables = {loss: {name: means.table(f"{loss} {name}", sites) for name in names} for loss in needles.losses}
+    influence = {"block": BLOCK, "table": means.table("influence", sites)} if not sites[0].axes else None
     return {
         "first_order": tables["text"],
-        "first_order_needle": tables["needle"],
-        "influence": {"block": BLOCK, "table": means.table("influence", sites)},
+        "first_order_needle": tables.get("needle", {}),
+        "influence": influence,
     }
 
 
@@ -77,7 +76,7 @@ class _Effects:
             got, _ = operators.attend(spec, q, k, v, call, None, self.learned.get((site.name, name)))
             effect = ((got - o).float() * gradient.float()).sum((0, 2, 3))  # (H,)
             self.means.add(f"{loss} {name}", site.name, effect.abs())
-        if loss == "text":
+        if loss == "text" and not site.axes:
             self.means.add("influence", site.name, _influence(q, k, v, gradient, call, self.rows))
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from .artefacts import dig, read_artefacts
 from .errors import UsageError
 from .files import read_json
-from .keys import SECTIONS, STAGES, UPSTREAM
-from .recipe import ModelSource, Recipe
+from .keys import STAGES, UPSTREAM, sections_of
+from .recipe import AnyRecipe, ModelSource
 from .report_html import duration
 from .runs import DONE, KEY, RECIPE, Run
 
@@ -24,7 +24,7 @@ ENCODED = (512,)  # and the work of an encoder's
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-def stage_states(run: Run, until: str = STAGES[-1], before: Recipe | None = None) -> list[dict[str, str]]:
+def stage_states(run: Run, until: str = STAGES[-1], before: AnyRecipe | None = None) -> list[dict[str, str]]:
     """{"stage", "state", "why"} of every stage: what `run_stages` would do. Nothing is written, torch is not needed.
 
     `before` is the recipe that the run had until now, to tell what has changed in it.
@@ -46,7 +46,7 @@ def stage_states(run: Run, until: str = STAGES[-1], before: Recipe | None = None
     return rows
 
 
-def _waiting(run: Run, stage: str, before: Recipe | None, will: set[str]) -> tuple[str, str]:
+def _waiting(run: Run, stage: str, before: AnyRecipe | None, will: set[str]) -> tuple[str, str]:
     if not run.stale(stage):
         folder = run.folder(stage)
         if (folder / DONE).exists():
@@ -63,9 +63,9 @@ def _waiting(run: Run, stage: str, before: Recipe | None, will: set[str]) -> tup
     return "will run", "out of date: the plan or the recipe has changed since"
 
 
-def _changed(before: Recipe, now: Recipe, stage: str) -> Iterator[str]:
+def _changed(before: AnyRecipe, now: AnyRecipe, stage: str) -> Iterator[str]:
     old, new = (recipe.model_dump(mode="json") for recipe in (before, now))
-    for section in SECTIONS[stage]:
+    for section in sections_of(new)[stage]:
         path = section.split(".")
         yield from _differences(dig(old, *path), dig(new, *path), section)
 

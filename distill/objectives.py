@@ -11,10 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..convert.hosts import models
 from ..convert.hosts.sites import Conversion, SiteOperators
+from ..convert.text import Samples
 from ..kernels.call import Call
 
 
-def attention_transfer(model: Any, conversion: Conversion, ids: Tensor) -> float:
+def attention_transfer(model: Any, conversion: Conversion, samples: Samples, rows: Tensor) -> float:
     """One pass in which every site with something to learn fits the teacher's output; gradients are left in place.
 
     The teacher's hidden states flow through the model, so each site sees what it will see when the others are right,
@@ -35,7 +36,7 @@ def attention_transfer(model: Any, conversion: Conversion, ids: Tensor) -> float
         return want
 
     with torch.no_grad(), conversion.observe(observe):
-        models.trunk(model)(ids, use_cache=False)
+        samples.run(model, rows)
     return sum(losses) / max(1, len(losses))
 
 
@@ -60,6 +61,17 @@ def hidden_error(teacher: Tensor, student: Tensor) -> Tensor:
 def difference(model: Any, teacher: Tensor, student: Tensor, chunk: int) -> Tensor:
     """What a student is trained to lower: the KL of what the head puts out, or the error of the hidden states."""
     return distillation(model, teacher, student, chunk) if models.has_head(model) else hidden_error(teacher, student)
+
+
+def matching(x: Tensor, t: Tensor, teacher: Tensor, student: Tensor) -> Tensor:
+    """A loss whose gradient by x_t (B, …) is that of the KL from the student's distribution of x_t to the teacher's.
+
+    Of a flow the score difference is ŝ − s = (1 − t) / t · (u − û), with the predictions u of the teacher and û of the
+    student at x_t, (B, …), through which no gradient goes; t (B,) above 0. Source: LinVideo (2025).
+    """
+    t = t.view(-1, *[1] * (x.ndim - 1))
+    push = (1 - t) / t * (teacher - student).detach().float()
+    return (push * x.float()).flatten(1).sum(1).mean() / teacher[0].numel()
 
 
 def _kl_of(model: Any, teacher: Tensor, student: Tensor) -> Tensor:

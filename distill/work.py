@@ -20,8 +20,15 @@ from ..convert.passages import passages
 from ..convert.plan import Plan, read_plan
 from ..convert.progress import Track, silent
 from ..convert.recipe_schema import TransferSettings
-from ..convert.sources import Document, fetch_model, load_model, read_texts, refuse_overlap
-from ..convert.text import Cases, Needles, frame, needles, sequences
+from ..convert.sources import (
+    Document,
+    ModelFiles,
+    fetch_model,
+    load_model,
+    read_texts,
+    refuse_overlap,
+)
+from ..convert.text import Cases, Needles, Samples, Texts, frame, needles, sequences
 from ..kernels import operators
 from ..kernels.spec import label
 from .loop import fit_operators, load_student
@@ -29,8 +36,11 @@ from .loop import fit_operators, load_student
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..convert.recipe import NeedleSettings, Recipe
+    from ..convert.recipe import AnyRecipe, NeedleSettings, Recipe
+    from ..convert.recipe_images import ImageRecipe
+    from ..convert.recipe_schema import SelectSettings
     from ..convert.runs import Run
+    from .images import Images
 
 log = logging.getLogger("attnconvert")
 STUDENT = "student"  # the arm that is exported
@@ -44,16 +54,51 @@ class Work:
         self.run, self.track = run, track
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> AnyRecipe:
         return self.run.recipe
+
+    @property
+    def of_text(self) -> Recipe:
+        """The recipe of a model of text."""
+        found = self.recipe
+        assert found.kind == "text"
+        return found
+
+    @property
+    def of_images(self) -> ImageRecipe:
+        """The recipe of an image or video model."""
+        found = self.recipe
+        assert found.kind == "images"
+        return found
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        files = fetch_model(self.recipe.model, track=self.track)
+        files = self.files
         log.info("loading %s", files.name)
-        model, tokenizer = load_model(files, self.recipe.model)
+        if self.recipe.kind == "images":
+            from ..convert.denoiser_sources import load_denoiser
+
+            model, tokenizer = load_denoiser(files, self.recipe.model), None
+        else:
+            model, tokenizer = load_model(files, self.recipe.model)
         self.run.record(model={"name": files.name, "revision": files.revision, "sha256": files.sha256})
         return model, tokenizer
+
+    @cached_property
+    def files(self) -> ModelFiles:
+        """The files of the model, on this machine."""
+        if self.recipe.kind == "images":
+            from ..convert.denoiser_sources import fetch_denoiser
+
+            return fetch_denoiser(self.recipe.model, track=self.track)
+        return fetch_model(self.recipe.model, track=self.track)
+
+    @cached_property
+    def images(self) -> Images:
+        """What the model generates."""
+        from .images import Images
+
+        return Images(self.of_images.images, self.files, self.model, self.track)
 
     @property
     def model(self) -> Any:
@@ -66,15 +111,19 @@ class Work:
 
     @cached_property
     def sites(self) -> list[Site]:
+        if self.recipe.kind == "images":
+            from ..convert.hosts.denoisers import find_sites as of_denoiser
+
+            return of_denoiser(self.model)
         return find_sites(self.model)
 
     @cached_property
     def calibration(self) -> list[Document]:
-        return read_texts(self.recipe.text.calibration, track=self.track)
+        return read_texts(self.of_text.text.calibration, track=self.track)
 
     @cached_property
     def heldout(self) -> list[Document]:
-        return read_texts(self.recipe.text.heldout, track=self.track)
+        return read_texts(self.of_text.text.heldout, track=self.track)
 
     def needles(self, settings: NeedleSettings, documents: Sequence[Document], seed: int) -> Needles:
         return needles(self.tokenizer, documents, settings.template, settings.cases, settings.length, seed)
@@ -103,7 +152,10 @@ class Work:
         Raises:
             UsageError: it is too short, or overlaps the calibration text, or a gate is of what is not measured.
         """
-        settings, gates = self.recipe.evaluate, self.recipe.gates
+        if self.recipe.kind == "images":
+            self.images.entries([0])  # reads the conditions
+            return
+        settings, gates = self.of_text.evaluate, self.of_text.gates
         encoder = is_encoder(self.model)
         none = {"kv_ratio": encoder, "perplexity_ratio": encoder, "kl": encoder and not has_head(self.model)}
         for name, absent in {**none, "cosine": not encoder}.items():
@@ -116,22 +168,48 @@ class Work:
         self.cases(settings.needles, self.heldout, settings.seed)
 
     @cached_property
-    def profile_texts(self) -> Tensor:
-        """(n, S) calibration tokens of the profile."""
-        settings = self.recipe.profile
-        return self.sequences(self.calibration, settings.sequences, settings.length, settings.seed)
+    def profile_samples(self) -> Samples:
+        """What the statistics of the profile are taken from: calibration texts, or states of the teacher."""
+        if self.recipe.kind == "images":
+            settings = self.of_images.profile
+            return self.images.states(settings.states, settings.seed, settings.bands, "calibration states")
+        texts = self.of_text.profile
+        return Texts(self.sequences(self.calibration, texts.sequences, texts.length, texts.seed))
 
     @cached_property
-    def profile_needles(self) -> Cases:
+    def profile_cases(self) -> Cases:
         """The cases on which damage is measured."""
-        settings = self.recipe.profile
+        if self.recipe.kind == "images":
+            wanted = self.of_images.profile
+            count = max(wanted.cases, *(select.measure_cases for select in self._selections()))
+            return self.images.states(count, wanted.seed + 1, wanted.bands, "states to measure on")
+        settings = self.of_text.profile
         return self.cases(settings.needles, self.calibration, settings.seed)
+
+    def _selections(self) -> list[SelectSettings]:
+        return [self.recipe.select, *(arm.select for arm in self.recipe.compare)]
+
+    def retrieval_tasks(self) -> list[Needles]:
+        """Further tasks for the retrieval scores, of language models alone."""
+        if self.recipe.kind == "images" or is_encoder(self.model):
+            return []
+        settings = self.of_text.profile
+        return [self.needles(task, self.calibration, settings.seed) for task in settings.retrieval]
+
+    def profile_data(self) -> dict[str, Any]:
+        """What the profile was measured on, as it is told in its file."""
+        if self.recipe.kind == "images":
+            grid, text = self.images.layout(self.sites)
+            return {"size": list(self.of_images.images.size), "grid": list(grid), "text": text}
+        return {"text": described(self.calibration)}
 
     def cost_lengths(self) -> list[int]:
         """The lengths that budgets and timings of the recipe speak of."""
-        wanted = [self.recipe.select, *(arm.select for arm in self.recipe.compare)]
-        found = {n for settings in wanted for by_length in (settings.budgets or {}).values() for n in by_length}
-        found |= set(self.recipe.evaluate.speed.lengths if self.recipe.evaluate.speed else ())
+        found = {
+            n for settings in self._selections() for by_length in (settings.budgets or {}).values() for n in by_length
+        }
+        speed = self.of_text.evaluate.speed
+        found |= set(speed.lengths if speed else ())
         most = positions_of(self.model)
         return sorted(found) or ([2048, 8192] if most is None else [most // 2, most])
 
@@ -185,7 +263,7 @@ class Work:
         for spec in settings.candidates:
             if operators.of(spec).parameters(spec, 1, 1, 1) is None:
                 continue
-            folder, texts = self.run.folder("profile") / f"fit-{label(spec)}", self.profile_texts
+            folder, texts = self.run.folder("profile") / f"fit-{label(spec)}", self.profile_samples
             found.update(fit_operators(self.model, self.sites, spec, texts, brief, settings.seed, folder, self.track))
         return found
 
@@ -197,8 +275,13 @@ class Work:
 
     def trained(self, arm: str) -> Path | None:
         """The folder of what an arm learned, or None for one that is not trained."""
-        settings = self.recipe.distill
-        if not settings.lora and not settings.transfer:
+        if self.recipe.kind == "images":
+            pictures = self.of_images.distill
+            phases: tuple[object, ...] = (pictures.transfer, pictures.training)
+        else:
+            settings = self.of_text.distill
+            phases = (settings.transfer, settings.lora)
+        if not any(phases):
             return None
         if arm != STUDENT and not next(a for a in self.recipe.compare if a.name == arm).distill:
             return None
@@ -209,6 +292,17 @@ class Work:
         model = copy.deepcopy(self.model)
         load_student(model, self.plans()[arm].for_sites(self.sites), self.trained(arm))
         return model
+
+
+def described(documents: Sequence[Document]) -> dict[str, Any]:
+    """Which texts these are, in a few words."""
+    names = [d.name for d in documents]
+    return {
+        "documents": len(names),
+        "first": names[0],
+        "last": names[-1],
+        "characters": sum(len(d.text) for d in documents),
+    }
 
 
 def identity(run: Run) -> dict[str, Any]:

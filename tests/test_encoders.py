@@ -94,15 +94,15 @@ def test_an_encoder_takes_no_operator_that_needs_an_order():
 def test_passages_of_the_teacher_lose_nothing_and_broken_attention_loses_much():
     model = tiny("bert", auto=AutoModel)
     sites, cases = find_sites(model), cases_of(model)
-    want = [cases.log_probabilities(model, n) for n in range(3)]
+    want = [cases.answers(model, n) for n in range(3)]
     assert want[0].shape == (2, 7)
     torch.testing.assert_close(want[0].exp().sum(-1), torch.ones(2))
     assert want[0][0, -1] < -1e3, "a passage is not compared with itself"
     narrow = {(n, g): Window(size=1, sinks=0) for n in range(3) for g in range(4)}
     with replaced(model, sites, narrow, {}):
-        got = [cases.log_probabilities(model, n) for n in range(3)]
+        got = [cases.answers(model, n) for n in range(3)]
     assert max((a - b).abs()[:, :-1].max() for a, b in zip(want, got, strict=True)) > 1e-3
-    assert all(torch.equal(a, cases.log_probabilities(model, n)) for n, a in enumerate(want))
+    assert all(torch.equal(a, cases.answers(model, n)) for n, a in enumerate(want))
 
 
 def test_the_losses_of_a_case_have_gradients_and_name_the_passage():
@@ -113,7 +113,7 @@ def test_the_losses_of_a_case_have_gradients_and_name_the_passage():
         loss = cases.loss(model, 0, name)
         assert torch.autograd.grad(loss, next(model.parameters()), retain_graph=True)[0].any()
     with torch.no_grad():
-        row = cases.log_probabilities(model, 0)[-1]
+        row = cases.answers(model, 0)[-1]
     assert cases.loss(model, 0, "needle").item() == pytest.approx(-row[cases.target(0)].item(), abs=1e-5)
 
 
@@ -125,9 +125,9 @@ def test_damage_of_an_encoder_is_that_of_running_it_whole(tmp_path):
     for n, g in ((0, 0), (2, 3)):
         rises = []
         for case in range(2):
-            want = cases.log_probabilities(model, case)
+            want = cases.answers(model, case)
             with replaced(model, sites, {(n, g): spec}, {}):
-                got = cases.log_probabilities(model, case)
+                got = cases.answers(model, case)
             kl = (want.exp() * (want - got)).sum(-1).mean()
             rises.append((kl.item(), (want - got)[-1, -1].item()))
         kl, needle = (sum(x) / 2 for x in zip(*rises, strict=True))

@@ -17,7 +17,6 @@ from typing import Any
 import selection_tables
 import torch
 
-from attnconvert.convert.damage import kl
 from attnconvert.convert.evaluation import CHUNK, costs
 from attnconvert.convert.files import stored, write_json
 from attnconvert.convert.hosts import surgery
@@ -26,6 +25,7 @@ from attnconvert.convert.machine import hardware, versions
 from attnconvert.convert.progress import Track, rich_track
 from attnconvert.convert.recipe import load_recipe
 from attnconvert.convert.runs import Run
+from attnconvert.convert.text import kl
 from attnconvert.distill.work import Work
 from attnconvert.kernels.spec import Full, Retention, Span, Spec, TopBlocks, Window, label
 

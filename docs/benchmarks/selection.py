@@ -24,7 +24,7 @@ import torch
 from scipy.stats import spearmanr
 
 from attnconvert import pipeline
-from attnconvert.convert.damage import Group, kl, plan_key, replaced
+from attnconvert.convert.damage import Group, plan_key, replaced
 from attnconvert.convert.files import read_json, stored, write_json
 from attnconvert.convert.hosts.models import is_encoder
 from attnconvert.convert.machine import hardware, versions
@@ -36,7 +36,7 @@ from attnconvert.convert.recipe_inputs import TextSource
 from attnconvert.convert.refinement import chosen_groups
 from attnconvert.convert.runs import Run
 from attnconvert.convert.sources import read_texts
-from attnconvert.convert.text import Cases, Needles, measured_positions
+from attnconvert.convert.text import Cases, Needles, kl, measured_positions
 from attnconvert.distill.work import Work
 from attnconvert.kernels.spec import Spec, label
 
@@ -153,7 +153,7 @@ def plan_of(
     folder = place(work)
     given = dict(METHODS[name])
     if "measure_cases" in given and is_encoder(work.model):
-        given["measure_cases"] = len(work.profile_needles.ids)  # a case is one embedding: all, since they are cheap
+        given["measure_cases"] = len(work.profile_cases)  # a case is one embedding: all, since they are cheap
     settings = SelectSettings(groups=budget, seed=seed, **given)
     asked = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
     path = folder / f"plan-{name.replace(', ', '-').replace(' ', '-')}-{round(100 * budget)}-{asked}.json"
@@ -197,7 +197,7 @@ class Judge:
 
     @torch.no_grad()
     def _measure(self, chosen: Mapping[Group, Spec]) -> dict[str, Any]:
-        work, count = self.work, len(self.task.ids)
+        work, count = self.work, len(self.task)
         if not self.teacher:
             self.teacher = [self._answers(n) for n in self.track(range(count), f"{self.domain}: teacher")]
         with replaced(work.model, work.sites, chosen, self.learned):
@@ -212,7 +212,7 @@ class Judge:
         """The model's log-probabilities of a case, and where it is an encoder its embedding."""
         model = self.work.model
         embedding = embed(model, self.task.ids[n][None])[0] if isinstance(self.task, Passages) else None
-        return self.task.log_probabilities(model, n), embedding
+        return self.task.answers(model, n), embedding
 
     def _compared(
         self, n: int, want: torch.Tensor, own: torch.Tensor | None, got: torch.Tensor, embedding: torch.Tensor | None

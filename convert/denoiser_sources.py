@@ -1,0 +1,149 @@
+"""Where denoisers come from: a folder or hub id of a denoiser, or of the pipeline that it is part of."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from .errors import AssetMissing, PreflightError, UsageError, one_line
+from .integrity import check_weights
+from .processes import Process, of_scheduler
+from .progress import Track, silent
+from .recipe_inputs import ModelSource
+from .sources import ModelFiles, fetch_folder, fetch_hub, shipped_folder
+
+log = logging.getLogger("attnconvert")
+
+PARTS = ("transformer", "unet")  # of a pipeline's folder: where its denoiser is
+PREDICTIONS = {  # what a class predicts where no scheduler says it
+    "FluxTransformer2DModel": Process(kind="flow"),
+    "SD3Transformer2DModel": Process(kind="flow"),
+    "WanTransformer3DModel": Process(kind="flow"),
+    "HunyuanVideoTransformer3DModel": Process(kind="flow"),
+    "MochiTransformer3DModel": Process(kind="flow"),
+    "PixArtTransformer2DModel": Process(kind="epsilon", schedule="linear", beta_first=0.0001, beta_last=0.02),
+    "UNet2DConditionModel": Process(kind="epsilon"),
+    "CogVideoXTransformer3DModel": Process(kind="v_prediction", snr_shift=3.0, zero_snr=True),
+}
+
+
+def fetch_denoiser(source: ModelSource, *, track: Track = silent) -> ModelFiles:
+    """The files of a denoiser, downloaded if need be; of a pipeline its transformer or UNet, without the rest.
+
+    Raises:
+        AssetMissing: it cannot be had. UsageError: it is a model of text.
+    """
+    if source.gguf is not None or source.package is not None:
+        raise UsageError("an image or video model comes from a hub id, a folder, or attnconvert itself (shipped)")
+    if source.hub is not None:
+        parts = [source.subfolder] if source.subfolder else list(PARTS)
+        names = [f"{part}/{name}" for part in parts for name in ("*.json", "*.safetensors")]
+        wanted = ["model_index.json", "config.json", "scheduler/*.json", "conditions.safetensors", *names]
+        whole = ["*.safetensors"] if source.subfolder is None else []  # of a repository that is the denoiser alone
+        root, revision, name = fetch_hub(source.hub, source.revision, wanted, whole, track)
+    else:
+        root = shipped_folder(source.shipped) if source.shipped else Path(source.folder or "")
+        revision, name = None, source.shipped or root.name
+    folder = _denoiser_folder(root, source.subfolder)
+    files = fetch_folder(folder, name, revision, track)
+    return ModelFiles(**{**vars(files), "pipeline": root if root != folder else None})
+
+
+def _denoiser_folder(root: Path, subfolder: str | None) -> Path:
+    if not root.is_dir():
+        raise AssetMissing(f"no folder {root}")
+    if subfolder is not None:
+        if not (root / subfolder / "config.json").is_file():
+            raise AssetMissing(f"{root} has no {subfolder}/config.json: check model.subfolder")
+        return root / subfolder
+    if (root / "model_index.json").is_file():
+        found = [root / part for part in PARTS if (root / part / "config.json").is_file()]
+        if not found:
+            raise AssetMissing(
+                f"the pipeline in {root} has neither a transformer nor a unet folder: set model.subfolder"
+            )
+        return found[0]
+    return root
+
+
+def denoiser_class(folder: Path) -> Any:
+    """The class of diffusers that a folder's config.json names.
+
+    Raises:
+        AssetMissing: there is no readable config. UsageError: it is no model of diffusers, or one that needs code of its
+        own. PreflightError: diffusers is not installed.
+    """
+    try:
+        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise AssetMissing(f"{folder}/config.json cannot be read: {one_line(error)}") from error
+    name = config.get("_class_name")
+    if name is None:
+        raise UsageError(
+            f"{folder} is no model of diffusers (its config names no _class_name): for a model of text leave the "
+            "section `images` out of the recipe"
+        )
+    try:
+        import diffusers
+    except ImportError as error:
+        raise PreflightError(f"image and video models need diffusers: pip install diffusers ({error})") from error
+    if "attnconvert" in config:
+        from .hosts.diffusers import converted_model
+
+        return converted_model(getattr(diffusers, config["attnconvert"]["base"]))
+    found = getattr(diffusers, str(name), None)
+    if found is None or not hasattr(found, "load_config"):
+        raise UsageError(f"{folder} holds a {name}, which diffusers {diffusers.__version__} does not have")
+    return found
+
+
+def load_denoiser(files: ModelFiles, source: ModelSource) -> Any:
+    """The denoiser, in eval mode, its weights in `source.dtype`, on the GPU where there is one.
+
+    Raises:
+        AssetMissing: the files are damaged or incomplete. PreflightError: memory is full.
+    """
+    import torch
+
+    for name in files.sha256:
+        check_weights(files.folder / name)
+    cls = denoiser_class(files.folder)
+    try:
+        model, info = cls.from_pretrained(
+            files.folder, torch_dtype=getattr(torch, source.dtype), output_loading_info=True, low_cpu_mem_usage=False
+        )
+    except MemoryError as error:
+        raise PreflightError(f"not enough memory to load {files.folder}: {one_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {one_line(' '.join(str(error).split()))}"
+        raise AssetMissing(f"the model in {files.folder} is damaged or incomplete: {reason}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise AssetMissing(f"{files.folder} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES= keeps it off the GPU
+    log.info("%s is on %s", files.name, device)
+    return model.eval().to(device)
+
+
+def process_of(files: ModelFiles, model: Any, prediction: str) -> Process:
+    """How data and noise mix and what the model predicts: as its pipeline's scheduler says, or as its class is known.
+
+    Args:
+        prediction: the recipe's word, `auto` or what the model predicts.
+
+    Raises:
+        UsageError: neither is known.
+    """
+    path = (files.pipeline or files.folder) / "scheduler" / "scheduler_config.json"
+    if path.is_file():
+        found = of_scheduler(json.loads(path.read_text(encoding="utf-8")))
+    else:
+        names = [cls.__name__ for cls in type(model).__mro__ if cls.__name__ in PREDICTIONS]
+        if not names and prediction == "auto":
+            raise UsageError(f"what a {type(model).__name__} predicts is not known: set images.prediction")
+        found = PREDICTIONS[names[0]] if names else Process()
+    if prediction == "auto" or prediction == found.kind:
+        return found
+    return Process(kind="flow") if prediction == "flow" else Process(**{**vars(found), "kind": prediction})

@@ -1,0 +1,279 @@
+"""Distil a denoiser: attention transfer, then the student against the teacher's predictions.
+
+What is trained is what operators learn and, beside it, adapters on the projections or the projections themselves. The
+teacher is the same weights with adapters off (or its own projections put back) and full attention on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..convert.errors import UsageError
+from ..convert.files import replacing
+from ..convert.hosts.sites import Conversion, Site, SiteOperators, submodule
+from ..convert.hosts.surgery import converted, frozen
+from ..convert.seeds import rng
+from ..kernels.call import Call
+from ..kernels.spec import Full, Spec
+from .image_samples import Kept, KeptStates
+from .images import Images
+from .loop import ADAPTER, OPERATORS, PROJECTIONS, Trainer, forget_adapters, replacing_folder, transfer
+from .objectives import hidden_error, matching
+
+if TYPE_CHECKING:
+    from ..convert.recipe_images import ImageDistillation, ImageTraining
+
+
+def distill_images(
+    images: Images, plan: Mapping[Site, Sequence[Spec]], kept: Kept, settings: ImageDistillation, folder: Path
+) -> None:
+    """Train one arm and leave operators.safetensors, adapter/ or projections.safetensors, and log.jsonl in `folder`.
+
+    The model is left as it was.
+    """
+    torch.manual_seed(settings.seed)
+    model = images.model
+    with frozen(model), converted(model, plan) as conversion:
+        learned = conversion.learned()
+        if settings.transfer and settings.transfer.steps and learned:
+            if kept.times is None:
+                raise UsageError("distill.transfer runs on trajectories: set sample.keep to trajectory")
+            states = KeptStates(kept, images.caller)
+            transfer(model, conversion, states, settings.transfer, settings.seed, folder, images.track)
+        if settings.training and any(spec != Full() for specs in plan.values() for spec in specs):
+            _train(images, conversion, plan, kept, settings.training, settings.seed, folder)
+        with replacing(folder / OPERATORS) as temporary:
+            save_file({name: p.detach().contiguous() for name, p in learned.items()}, temporary)
+
+
+def _train(
+    images: Images,
+    conversion: Conversion,
+    plan: Mapping[Site, Sequence[Spec]],
+    kept: Kept,
+    settings: ImageTraining,
+    seed: int,
+    folder: Path,
+) -> None:
+    model = images.model
+    with _weights(model, conversion, plan, settings, folder) as (more, teacher):
+        learned = {**more, **conversion.learned()}
+        if not learned:
+            raise UsageError(
+                "distill.training.weights is operators, but none of the plan's operators learns anything: train lora or "
+                "projections, or set distill.training to null"
+            )
+        for p in learned.values():
+            p.requires_grad_(True)
+        optimizer = torch.optim.AdamW(list(learned.values()), lr=settings.lr, weight_decay=settings.weight_decay)
+        trainer = Trainer(
+            "training",
+            learned,
+            optimizer,
+            settings.lr,
+            settings.steps,
+            settings.warmup,
+            settings.clip,
+            settings.checkpoint_every,
+            folder,
+        )
+        losses = _Losses(images, conversion, kept, settings, teacher, seed)
+
+        def step(rows: Tensor) -> dict[str, float]:
+            parts = losses(rows, trainer.at)
+            total = torch.stack([getattr(settings, name) * value for name, value in parts.items()]).sum()
+            total.backward()
+            return {"loss": total.item(), **{name: value.item() for name, value in parts.items()}}
+
+        with _checkpointing(model, settings.gradient_checkpointing):
+            trainer.run(step, torch.arange(len(kept)), settings.batch, seed, images.track)
+        for p in learned.values():
+            p.requires_grad_(False)
+
+
+Teacher = Any  # a function that gives a context in which the model is the teacher
+
+
+@contextlib.contextmanager
+def _weights(
+    model: Any, conversion: Conversion, plan: Mapping[Site, Sequence[Spec]], settings: ImageTraining, folder: Path
+) -> Iterator[tuple[dict[str, nn.Parameter], Teacher]]:
+    """What is trained beside the operators, by name, and how to be the teacher meanwhile.
+
+    What was trained is saved in `folder` at the end, and the model has its own weights again.
+    """
+    if settings.weights == "operators":
+        yield {}, conversion.teacher
+    elif settings.weights == "lora":
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a float will do, whatever the annotation says
+            target_modules=list(_projections(model, plan)),
+            lora_dropout=0.0,
+            bias="none",
+        )
+        student = get_peft_model(model, config)
+
+        @contextlib.contextmanager
+        def teacher() -> Iterator[None]:
+            with conversion.teacher(), student.disable_adapter():
+                yield
+
+        try:
+            yield {name: p for name, p in student.named_parameters() if p.requires_grad}, teacher
+            with replacing_folder(folder / ADAPTER) as temporary:
+                student.save_pretrained(str(temporary), save_embedding_layers=False)
+        finally:
+            student.unload()
+            forget_adapters(model)
+    else:
+        with _own_projections(model, conversion, plan, folder) as found:
+            yield found
+
+
+@contextlib.contextmanager
+def _own_projections(
+    model: Any, conversion: Conversion, plan: Mapping[Site, Sequence[Spec]], folder: Path
+) -> Iterator[tuple[dict[str, nn.Parameter], Teacher]]:
+    """The projections of converted sites, trained as they are (CLEAR, Liu et al. 2024); a copy makes the teacher."""
+    modules = _projections(model, plan)
+    trained = {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters()}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+
+    @contextlib.contextmanager
+    def teacher() -> Iterator[None]:
+        now = {name: p.data for name, p in trained.items()}
+        try:
+            for name, p in trained.items():
+                p.data = before[name]
+            with conversion.teacher():
+                yield
+        finally:
+            for name, p in trained.items():
+                p.data = now[name]
+
+    try:
+        yield trained, teacher
+        with replacing(folder / PROJECTIONS) as temporary:
+            save_file({name: p.detach().contiguous() for name, p in trained.items()}, temporary)
+    finally:
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(before[name])
+
+
+def _projections(model: Any, plan: Mapping[Site, Sequence[Spec]]) -> dict[str, nn.Module]:
+    """The linear layers of the attentions that are converted, by full name, without those that operators brought."""
+    found: dict[str, nn.Module] = {}
+    for site, specs in plan.items():
+        if any(spec != Full() for spec in specs):
+            module = submodule(model, site.name)
+            inner = {id(m) for child in module.modules() if isinstance(child, SiteOperators) for m in child.modules()}
+            for name, child in module.named_modules():
+                if isinstance(child, nn.Linear) and id(child) not in inner:
+                    found[f"{site.name}.{name}"] = child
+    return found
+
+
+class _Losses:
+    """The parts of the loss that have a weight, of some rows of what was kept."""
+
+    def __init__(
+        self, images: Images, conversion: Conversion, kept: Kept, settings: ImageTraining, teacher: Teacher, seed: int
+    ) -> None:
+        self.images, self.conversion, self.kept, self.settings = images, conversion, kept, settings
+        self.teacher, self.seed = teacher, seed
+        self.times = images.process.times(images.settings.steps, images.settings.shift)[:-1]
+
+    def __call__(self, rows: Tensor, step: int) -> dict[str, Tensor]:
+        """By the names of their weights; `step` makes the noise of every step its own."""
+        images, settings, device = self.images, self.settings, self.images.model.device
+        if settings.states == "trajectory":
+            x, t, entries, want = self.kept.state(rows, images.conditions.null)
+            target = None
+        else:
+            data = self.kept.x[rows]
+            generator = rng("noised", self.seed, step)
+            noise = torch.randn(data.shape, generator=generator)
+            t = self.times[torch.randint(len(self.times), (len(rows),), generator=generator)]
+            x, target = images.process.noised(data, noise, t), images.process.target(data, noise, t)
+            entries, want = self.kept.entries[rows], None
+        x, t = x.to(device), t.to(device)
+        outputs: dict[str, Tensor] = {}
+        if want is None or settings.feature:
+            with torch.no_grad(), self.teacher(), self.conversion.observe(_keeping(outputs)):
+                want = images.denoise(images.model)(x, t, entries)
+        errors: list[Tensor] = []
+        with self.conversion.observe(_comparing(outputs, errors)) if settings.feature else contextlib.nullcontext():
+            got = images.denoise(images.model)(x, t, entries)
+        parts: dict[str, Tensor] = {}
+        if settings.velocity:
+            parts["velocity"] = hidden_error(want.to(device), got)
+        if settings.diffusion and target is not None:
+            parts["diffusion"] = hidden_error(target.to(device), got)
+        if settings.feature:
+            parts["feature"] = torch.stack(errors).mean()
+        if settings.distribution:
+            parts["distribution"] = self._distribution(x, t, entries, got)
+        return parts
+
+    def _distribution(self, x: Tensor, t: Tensor, entries: Tensor, got: Tensor) -> Tensor:
+        """LinVideo's any-time distribution matching: one step of the student's own, judged where it arrives."""
+        images = self.images
+        if images.process.kind != "flow":
+            raise UsageError(
+                f"distill.training.distribution is of models that predict a flow, this one predicts {images.process.kind}"
+            )
+        times = torch.cat([self.times, torch.zeros(1)]).to(x.device)
+        later = times[(times[None] > t[:, None] - 1e-6).sum(1).clamp_max(len(times) - 2)]
+        arrived = images.process.step(x, got, t, later)
+        with torch.no_grad():
+            denoise = images.denoise(images.model)
+            mine = denoise(arrived, later, entries)
+            with self.teacher():
+                teachers = denoise(arrived, later, entries)
+        return matching(arrived, later, teachers, mine)
+
+
+def _keeping(outputs: dict[str, Tensor]) -> Any:
+    """An observer that keeps what every site gives."""
+
+    def observe(site: SiteOperators, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        outputs[site.site.name] = site.operate(q, k, v, call, site.active)
+        return outputs[site.site.name]
+
+    return observe
+
+
+def _comparing(outputs: Mapping[str, Tensor], errors: list[Tensor]) -> Any:
+    """An observer that adds the error of every converted site's output to `errors`."""
+
+    def observe(site: SiteOperators, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        o = site.operate(q, k, v, call, site.active)
+        if any(spec != Full() for spec in site.specs):
+            errors.append(hidden_error(outputs[site.site.name], o))
+        return o
+
+    return observe
+
+
+@contextlib.contextmanager
+def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
+    """diffusers checkpoints gradients in training mode only; without it the model stays as it is."""
+    if wanted:
+        model.enable_gradient_checkpointing()
+        model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        if wanted:
+            model.disable_gradient_checkpointing()
