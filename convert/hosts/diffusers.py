@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
+import shutil
 import threading
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 from ...kernels.call import Call
 from ...kernels.spec import Spec
 from .grids import Moment, denoiser
-from .sites import NAME, Conversion, Site, SiteOperators, Unsupported, submodule
+from .sites import NAME, Conversion, Site, SiteOperators, Unsupported, read_plan_block, submodule
 
 CALLS = ("dispatch_attention_fn", "scaled_dot_product_attention")  # by these names processors call attention
 
@@ -300,3 +303,64 @@ def _uninstall(model: Any, sites: Mapping[str, SiteOperators], kept: dict[str, A
         if getattr(attention.processor, "_modules", {}).get(NAME) is mine:  # not what was put there since
             del attention.processor
             attention.processor = kept["processors"][name]
+
+
+def converted_model(base: type[Any]) -> type[Any]:
+    """The model class of a converted checkpoint: the stock class, with the plan of its config installed.
+
+    Its config.json names this class, and a quantization that there is not: a stock class that is given the folder would
+    otherwise only warn of what it does not know, and run full attention.
+    """
+
+    class Model(base):  # type: ignore[misc]
+        _keep_in_fp32_modules: ClassVar[list[str]] = [*(getattr(base, "_keep_in_fp32_modules", None) or ()), NAME]
+
+        def __init__(self, *args: Any, attnconvert: Mapping[str, Any], **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.register_to_config(attnconvert=attnconvert)
+            plan = sorted(read_plan_block(attnconvert).items(), key=lambda entry: entry[0].layer)
+            self.conversion = convert(self, dict(plan))
+
+        @classmethod
+        def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+            """As ever, without the entries that are for others to read."""
+            found = super().load_config(*args, **kwargs)
+            config = found[0] if isinstance(found, tuple) else found
+            for name, value in _barrier(cls.__name__).items():
+                if config.get(name) == value:
+                    del config[name]
+            return found
+
+        def save_config(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+            """As ever, with the entries that keep stock classes from reading it and say where the code is."""
+            super().save_config(save_directory, *args, **kwargs)
+            file = Path(save_directory) / str(self.config_name)
+            config = json.loads(file.read_text(encoding="utf-8"))
+            config.update(_barrier(type(self).__name__))
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+        def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+            """As ever, with the runtime beside the weights, so that what is saved again loads as this did."""
+            super().save_pretrained(save_directory, *args, **kwargs)
+            target = Path(save_directory)
+            for source in (Path(__file__).parent, Path(str(self.config.get("_name_or_path", "")))):
+                for file in (*source.glob(f"{NAME}_*.py"), *source.glob(f"*_{NAME}.py")):
+                    if not (target / file.name).exists():
+                        shutil.copy(file, target)
+
+    stock = inspect.signature(base.__init__)
+    given = [p for p in stock.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    plan = inspect.Parameter(NAME, inspect.Parameter.KEYWORD_ONLY)
+    # the names by which diffusers picks the arguments of a class out of its config
+    Model.__init__.__signature__ = stock.replace(parameters=[*given, plan])  # type: ignore[attr-defined]
+    Model.__name__ = Model.__qualname__ = f"Converted{base.__name__}"
+    return Model
+
+
+def _barrier(name: str) -> dict[str, Any]:
+    """What a config.json says beside the model's own: where its code is, and what makes stock classes give up.
+
+    A stock class looks for the method of a quantization before it loads weights, and shows the unknown name.
+    """
+    method = f"{NAME}: the attention of this model was converted; import {NAME}, or load with trust_remote_code=True"
+    return {"auto_map": {"AutoModel": f"modeling_{NAME}.{name}"}, "quantization_config": {"quant_method": method}}

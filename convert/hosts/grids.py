@@ -5,6 +5,7 @@ An exported checkpoint carries this file beside `diffusers`; it must import noth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,12 +21,13 @@ class Denoiser:
     """How a class of diffusers lays out its tokens.
 
     `grid` reads the grid of image or video tokens, in row-major order, out of the model's config and the arguments of a
-    call. The prompt's tokens stand `first` or `last` where they take part in self-attention. `noise` is the timestep of
-    pure noise.
+    call; `latent` has the shape of the latent of a grid and a batch. The prompt's tokens stand `first` or `last` where
+    they take part in self-attention. `noise` is the timestep of pure noise.
     """
 
     axes: int
     grid: Callable[[Any, Mapping[str, Any], Moment], tuple[int, ...]]
+    latent: Callable[[Any, tuple[int, ...], int], tuple[int, ...]]
     text: str = ""
     noise: float = 1000.0
 
@@ -46,10 +48,22 @@ class Moment:
     mask: tuple[Tensor, Tensor | None] | None = None
 
 
+def _patch(config: Any) -> tuple[int, int, int]:
+    """Size of a patch: frames, height, width."""
+    if isinstance(config.patch_size, int):
+        return getattr(config, "patch_size_t", None) or 1, config.patch_size, config.patch_size
+    frames, height, width = config.patch_size
+    return frames, height, width
+
+
 def _pixels(config: Any, given: Mapping[str, Any], moment: Moment) -> tuple[int, ...]:
-    """Of images (B, C, H, W) in square patches."""
+    """Of images (B, C, H, W) in patches."""
     height, width = given["hidden_states"].shape[-2:]
-    return height // config.patch_size, width // config.patch_size
+    return height // _patch(config)[1], width // _patch(config)[2]
+
+
+def _of_pixels(config: Any, grid: tuple[int, ...], batch: int) -> tuple[int, ...]:
+    return batch, config.in_channels, grid[0] * _patch(config)[1], grid[1] * _patch(config)[2]
 
 
 def _latent(config: Any, given: Mapping[str, Any], moment: Moment) -> tuple[int, ...]:
@@ -58,15 +72,33 @@ def _latent(config: Any, given: Mapping[str, Any], moment: Moment) -> tuple[int,
     return height, width
 
 
+def _of_latent(config: Any, grid: tuple[int, ...], batch: int) -> tuple[int, ...]:
+    return batch, config.in_channels, *grid
+
+
 def _frames(config: Any, given: Mapping[str, Any], moment: Moment) -> tuple[int, ...]:
-    """Of videos (B, C, T, H, W); CogVideoX has (B, T, C, H, W)."""
-    shape = given["hidden_states"].shape
-    frames = shape[1] if hasattr(config, "temporal_compression_ratio") else shape[2]
-    if isinstance(config.patch_size, int):
-        patch = (getattr(config, "patch_size_t", None) or 1, config.patch_size, config.patch_size)
-    else:
-        patch = tuple(config.patch_size)
-    return frames // patch[0], shape[-2] // patch[1], shape[-1] // patch[2]
+    """Of videos (B, C, T, H, W)."""
+    return tuple(n // p for n, p in zip(given["hidden_states"].shape[2:], _patch(config), strict=True))
+
+
+def _of_frames(config: Any, grid: tuple[int, ...], batch: int) -> tuple[int, ...]:
+    return batch, config.in_channels, *(n * p for n, p in zip(grid, _patch(config), strict=True))
+
+
+def _channels_late(config: Any, given: Mapping[str, Any], moment: Moment) -> tuple[int, ...]:
+    """Of CogVideoX's videos (B, T, C, H, W)."""
+    _, frames, _, height, width = given["hidden_states"].shape
+    return tuple(n // p for n, p in zip((frames, height, width), _patch(config), strict=True))
+
+
+def _of_channels_late(config: Any, grid: tuple[int, ...], batch: int) -> tuple[int, ...]:
+    frames, height, width = (n * p for n, p in zip(grid, _patch(config), strict=True))
+    return batch, frames, config.in_channels, height, width
+
+
+def _of_sequence(config: Any, grid: tuple[int, ...], batch: int) -> tuple[int, ...]:
+    """Of tokens (B, N, C) that were cut into patches before."""
+    return batch, math.prod(grid), config.in_channels
 
 
 def _coordinates(config: Any, given: Mapping[str, Any], moment: Moment) -> tuple[int, ...]:
@@ -103,15 +135,17 @@ def _coordinates(config: Any, given: Mapping[str, Any], moment: Moment) -> tuple
     return height, width
 
 
+_IMAGE: dict[str, Any] = {"axes": 2, "grid": _pixels, "latent": _of_pixels}
+_VIDEO: dict[str, Any] = {"axes": 3, "grid": _frames, "latent": _of_frames}
 DENOISERS: dict[str, Denoiser] = {
-    "FluxTransformer2DModel": Denoiser(axes=2, grid=_coordinates, text="first", noise=1.0),
-    "SD3Transformer2DModel": Denoiser(axes=2, grid=_pixels, text="last"),
-    "PixArtTransformer2DModel": Denoiser(axes=2, grid=_pixels),
-    "UNet2DConditionModel": Denoiser(axes=2, grid=_latent),
-    "WanTransformer3DModel": Denoiser(axes=3, grid=_frames),
-    "HunyuanVideoTransformer3DModel": Denoiser(axes=3, grid=_frames, text="last"),
-    "CogVideoXTransformer3DModel": Denoiser(axes=3, grid=_frames, text="first"),
-    "MochiTransformer3DModel": Denoiser(axes=3, grid=_frames, text="last"),
+    "FluxTransformer2DModel": Denoiser(axes=2, grid=_coordinates, latent=_of_sequence, text="first", noise=1.0),
+    "SD3Transformer2DModel": Denoiser(**_IMAGE, text="last"),
+    "PixArtTransformer2DModel": Denoiser(**_IMAGE),
+    "UNet2DConditionModel": Denoiser(axes=2, grid=_latent, latent=_of_latent),
+    "WanTransformer3DModel": Denoiser(**_VIDEO),
+    "HunyuanVideoTransformer3DModel": Denoiser(**_VIDEO, text="last"),
+    "CogVideoXTransformer3DModel": Denoiser(axes=3, grid=_channels_late, latent=_of_channels_late, text="first"),
+    "MochiTransformer3DModel": Denoiser(**_VIDEO, text="last"),
 }
 REFUSED = {
     "SanaTransformer2DModel": "its self-attention is linear already, there is nothing to convert",
