@@ -26,7 +26,7 @@ from ..convert.files import replacing, write_text
 from ..convert.hosts import models, surgery
 from ..convert.hosts.sites import Conversion, Site, all_full, refusal
 from ..convert.hosts.surgery import convert
-from ..convert.text import rng
+from ..convert.seeds import rng
 from ..kernels.spec import Full, Spec, label
 from .objectives import attention_transfer, difference
 
