@@ -360,6 +360,23 @@ def evaluation_of(run: Run) -> dict[str, Any]:
     """evaluation.json of a run, held against the bounds that its recipe has now: they may change."""
     path = run.folder("evaluate") / EVALUATION
     document: dict[str, Any] = read_json(path)
+    gates = _gates_of_images(run, document) if run.recipe.kind == "images" else _gates_of_text(run, document)
+    if gates != document["gates"]:
+        document["gates"] = gates
+        write_json(path, document)
+        write_report(run.path)
+    return document
+
+
+def _gates_of_images(run: Run, document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    from .convert.evaluation_images import check_image_gates
+
+    assert run.recipe.kind == "images"
+    return check_image_gates(run.recipe.gates, document)
+
+
+def _gates_of_text(run: Run, document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    assert run.recipe.kind == "text"
     unknown = [n for n in run.recipe.gates.kv_ratio if str(n) not in document["arms"][STUDENT]["kv_ratio"]]
     sites = measured_profile(run).sites if unknown else ()
     if any(site.causal for site in sites):
@@ -369,12 +386,7 @@ def evaluation_of(run: Run) -> dict[str, Any]:
         for n in unknown:
             share = evaluation.costs(plan, n, element)["kv_bytes"] / evaluation.costs(full, n, element)["kv_bytes"]
             document["arms"][STUDENT]["kv_ratio"][str(n)] = share
-    gates = evaluation.check_gates(run.recipe.gates, document)
-    if gates != document["gates"]:
-        document["gates"] = gates
-        write_json(path, document)
-        write_report(run.path)
-    return document
+    return evaluation.check_gates(run.recipe.gates, document)
 
 
 def load_exported(folder: Path, track: Track = silent) -> Any:

@@ -19,7 +19,7 @@ from .damage import Measure, joint_loss
 from .errors import UsageError
 from .losses import damage_losses
 from .relaxation import Floats, Ints
-from .text import rng
+from .seeds import rng
 
 Step = tuple[int, str]  # an option to take, and why
 

@@ -72,8 +72,8 @@ def denoiser_class(folder: Path) -> Any:
     """The class of diffusers that a folder's config.json names.
 
     Raises:
-        AssetMissing: there is no readable config. UsageError: it is no model of diffusers, or one that needs code of its
-        own. PreflightError: diffusers is not installed.
+        AssetMissing: there is no readable config. UsageError: it is no model of diffusers. PreflightError: diffusers is
+        not installed.
     """
     try:
         config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))

@@ -161,14 +161,14 @@ def peak_bytes(step: Callable[[], Any], device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated() - before)
     with _Counting() as counting:
         step()
-    return counting.most
+    return int(counting.most)
 
 
 class _Counting(TorchDispatchMode):
     """Adds up the storages that operations make, and takes them off when they are gone."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.most = 0
         self.live: dict[int, tuple[StorageWeakRef, int]] = {}
 

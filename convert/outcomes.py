@@ -25,6 +25,11 @@ def outcome(run: Run, stage: str, width: int) -> tuple[Any, ...]:
         sites = describe_plan(run.path)["sites"]
         return found.select, tables.selection_table(found.select), tables.plan_map(sites, width), places(run)
     if stage == "sample":
+        if run.recipe.kind == "images":
+            pictures = run.recipe.sample
+            document = {"folder": str(folder), "samples": pictures.count, "keep": pictures.keep}
+            what = "samples" if pictures.keep == "latents" else "samples with their trajectories"
+            return document, Text(f"{pictures.count} {what} in {folder}"), places(run)
         settings = run.recipe.sample
         document = {"folder": str(folder), "sequences": settings.sequences, "length": settings.length}
         return document, Text(f"{settings.sequences} sequences of {settings.length} tokens in {folder}"), places(run)

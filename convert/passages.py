@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .errors import UsageError
 from .hosts import models
-from .text import TEMPLATES, compared, frame, hidden_fact, nll, rng, sequences, tokenize
+from .seeds import rng
+from .text import TEMPLATES, compared, frame, hidden_fact, nll, sequences, tokenize
 
 SCALE = 20.0  # of cosine similarities, as in sentence-transformers' MultipleNegativesRankingLoss
 APART = -1e4  # the logit of a passage's similarity to itself

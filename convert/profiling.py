@@ -131,7 +131,7 @@ def profile(
     names = {label(spec): spec for spec in candidates}
     known = untrained(sites, names, model.device) | dict(learned or {})
     found = stored(folder / "statistics.json", lambda: text_statistics(model, sites, texts, names, rows, known, track))
-    tasks = [needles, *retrieval] if isinstance(needles, Needles) else []
+    tasks: list[Needles] = [needles, *retrieval] if isinstance(needles, Needles) else []
     asked = {}
     if tasks:
         scores = stored(folder / "retrieval.json", lambda: retrieval_scores(model, sites, tasks, track))

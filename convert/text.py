@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from .errors import UsageError
 from .hosts import models
+from .seeds import rng
 
 STRIDE = 4  # every 4th position takes part in the measured KL
 
@@ -108,7 +108,7 @@ class Cases(Protocol):
     `losses` are the names that `loss` knows; "text" is always one of them.
     """
 
-    losses: tuple[str, ...]
+    losses: ClassVar[tuple[str, ...]]
 
     def __len__(self) -> int: ...
     def first(self, cases: int) -> Cases: ...
@@ -182,12 +182,6 @@ def compared(want: Tensor, got: Tensor, target: Tensor) -> dict[str, float]:
 def measured_positions(answer: Tensor) -> Tensor:
     """Every STRIDE-th position before the answer (A,), and those that predict it."""
     return torch.cat([torch.arange(STRIDE, int(answer[0]) - 1, STRIDE, device=answer.device), answer - 1])
-
-
-def rng(*parts: object) -> torch.Generator:
-    """A generator whose seed is a hash of what it is for, so that streams never depend on each other."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def tokenize(tokenizer: Any, text: str) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..convert.hosts import surgery
 from ..convert.hosts.sites import Conversion, Site, SiteOperators, all_full, refusal
 from ..convert.observation import Learned, Table
+from ..convert.passages import Passages
 from ..convert.states import States
 from ..convert.text import Cases, Needles, Samples, Texts
 from ..kernels import operators
@@ -67,6 +68,7 @@ def learn_gates(
         f"gates-{method}", gates, torch.optim.AdamW(list(gates.values()), lr=RATE, weight_decay=0.0),
         RATE, steps, 0.05, 1e9, 20, folder,
     )  # fmt: skip
+    assert isinstance(needles, States | Needles | Passages)
     samples: Samples = needles if isinstance(needles, States) else Texts(needles.ids)
     target = full * sum(counts.values())
 

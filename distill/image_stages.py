@@ -107,12 +107,10 @@ def evaluate_images(
         def measure_speed() -> dict[str, Any]:
             pair = {"teacher": work.model, "student": load(student)}
             calls = {name: lambda size, model=model: one_step(images, model, size) for name, model in pair.items()}
-            per = tokens / math.prod(work.of_images.images.size[-2:])
+            base = math.prod(work.of_images.images.size)
 
             def count(size: Sequence[int]) -> int:
-                return round(
-                    per * math.prod(size[-2:]) * (size[0] / work.of_images.images.size[0] if len(size) > 2 else 1)
-                )
+                return round(tokens * math.prod(size) / base)
 
             return step_speed(calls, timing.sizes, count, timing.repeats, work.model.device, work.track)
 

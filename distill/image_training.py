@@ -68,8 +68,8 @@ def _train(
         learned = {**more, **conversion.learned()}
         if not learned:
             raise UsageError(
-                "distill.training.weights is operators, but none of the plan's operators learns anything: train lora or "
-                "projections, or set distill.training to null"
+                "distill.training.weights is operators, but none of the plan's operators learns anything: train lora "
+                "or projections, or set distill.training to null"
             )
         for p in learned.values():
             p.requires_grad_(True)
@@ -230,7 +230,7 @@ class _Losses:
         images = self.images
         if images.process.kind != "flow":
             raise UsageError(
-                f"distill.training.distribution is of models that predict a flow, this one predicts {images.process.kind}"
+                f"distill.training.distribution is of models that predict a flow, this one {images.process.kind}"
             )
         times = torch.cat([self.times, torch.zeros(1)]).to(x.device)
         later = times[(times[None] > t[:, None] - 1e-6).sum(1).clamp_max(len(times) - 2)]

@@ -26,7 +26,8 @@ from ..convert.files import replacing, write_text
 from ..convert.hosts import models, surgery
 from ..convert.hosts.sites import Conversion, Site, all_full, refusal
 from ..convert.hosts.surgery import convert
-from ..convert.text import Samples, Texts, rng, samples_of
+from ..convert.seeds import rng
+from ..convert.text import Samples, Texts, samples_of
 from ..kernels.spec import Full, Spec, label
 from .objectives import attention_transfer, difference
 

@@ -27,7 +27,8 @@ from ..convert.errors import AssetMissing, UsageError
 from ..convert.files import replacing
 from ..convert.hosts import surgery
 from ..convert.hosts.sites import Site, all_full
-from ..convert.text import rng, sequences
+from ..convert.seeds import rng
+from ..convert.text import sequences
 
 if TYPE_CHECKING:
     from ..convert.progress import Track

@@ -17,8 +17,8 @@ from attnconvert.convert.fronts import OTHERS, front
 from attnconvert.convert.hosts.sites import Site
 from attnconvert.convert.profiling import Profile
 from attnconvert.convert.recipe import SelectSettings
+from attnconvert.convert.seeds import rng
 from attnconvert.convert.selection import select
-from attnconvert.convert.text import rng
 from attnconvert.kernels.spec import Full, Retention, Spec, Window, label
 
 CANDIDATES = (Window(size=256, sinks=4), Window(size=64, sinks=4), Retention(window=32, keep=32, sinks=4, block=8))

@@ -13,8 +13,8 @@ from attnconvert.convert.explain import explain
 from attnconvert.convert.hosts.sites import Site
 from attnconvert.convert.profiling import Profile
 from attnconvert.convert.recipe import SelectSettings
+from attnconvert.convert.seeds import rng
 from attnconvert.convert.selection import require_profile, select
-from attnconvert.convert.text import rng
 from attnconvert.kernels.spec import Full, Hybrid, Linear, Window, label
 
 WIDE, NARROW = Window(size=64, sinks=1), Window(size=16, sinks=1)
