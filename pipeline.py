@@ -276,6 +276,15 @@ def export_stage(work: Work) -> None:
     with work.run.stage("export") as folder:
         student = work.student(STUDENT)
         plan = read_plan(work.run.plan).for_sites(work.sites)
+        if work.recipe.kind == "images":
+            from .convert.export_images import export_images, verify_images
+
+            card = ""
+            export_images(student, plan, folder, card, work.recipe.export.dtype)
+            if work.recipe.export.verify:
+                work.run.record(metrics={"export": verify_images(student, folder)})
+            return
+        assert work.recipe.kind == "text"
         card = model_card(work.recipe, work.run.manifest(), type(student).__name__, evaluation_of(work.run))
         export(student, work.tokenizer, plan, folder, card, work.recipe.export.dtype)
         if work.recipe.export.verify:
@@ -430,5 +439,6 @@ def require_gates(document: Mapping[str, Any]) -> None:
 def _headline(document: Mapping[str, Any]) -> dict[str, Any]:
     student = document["arms"][STUDENT]
     keys = ("quality", "retrieval", "retrieval_drop", "kv_ratio", "flops_ratio", "converted")
+    keys = tuple(key for key in keys if key in student)
     speedups = {n: {k: v for k, v in e.items() if k.endswith("speedup")} for n, e in document["speed"].items()}
     return {**{k: student[k] for k in keys}, "speed": speedups, "gates": document["gates"]}
