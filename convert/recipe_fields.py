@@ -125,13 +125,13 @@ def _spec_findings(given: Any) -> Iterator[InitErrorDetails]:
     if not isinstance(given, Mapping):
         yield _located((), f"must be an operator such as {{operator: window, size: 128}}, not {show(given)}", given)
         return
-    if not _refusal(given):  # settings that are wrong by themselves may be right together
-        return
     name = given.get("operator")
     if not isinstance(name, str) or name not in OPERATORS:
         where = ("operator",) if name is not None else ()
         yield _located(where, _refusal({"operator": str(name)} if where else {}), given)
         return
+    if all(isinstance(key, str) for key in given) and not _refusal(given):
+        return  # settings that are wrong by themselves may be right together
     for key, value in given.items():
         if key != "operator" and (message := _refusal({"operator": name, str(key): value})):
             yield _located((key,), message, value)

@@ -24,8 +24,8 @@ from .problem import Blocks
 from .spec import Disc, Frames, Neighbourhood, Radial, References, Spec, Tiles
 from .torch_select import from_map
 
-BLOCK = {"cpu": (32, 32)}  # tokens of a query and of a key block; small ones leave less that is computed and masked
-TILE = {"cpu": {2: (4, 8), 3: (2, 4, 4)}}  # of the order in which a block is compact on the grid
+BLOCK = {"cpu": (16, 32)}  # tokens of a query and of a key block; small ones leave less that is computed and masked
+TILE = {"cpu": {2: (4, 4), 3: (2, 2, 4)}}  # of the order in which a block is compact on the grid
 OTHER_BLOCK, OTHER_TILE = (64, 64), {2: (8, 8), 3: (4, 4, 4)}  # on GPUs, whose tiles are larger
 SIZES = (128, 64, 32)  # of blocks that may fill a tile of `tiles`
 
