@@ -354,6 +354,8 @@ def converted_model(base: type[Any]) -> type[Any]:
     # the names by which diffusers picks the arguments of a class out of its config
     Model.__init__.__signature__ = stock.replace(parameters=[*given, plan])  # type: ignore[attr-defined]
     Model.__name__ = Model.__qualname__ = f"Converted{base.__name__}"
+    # a pipeline writes the module down as the library that its own loading asks for the class
+    Model.__module__ = NAME if __name__.startswith(f"{NAME}.") else f"modeling_{NAME}"
     return Model
 
 
