@@ -59,6 +59,7 @@ class Settings:
     rate: float = 1e-3
     unclassed: float = 0.1
     judge_steps: int = 1500
+    judge_batch: int = 128
     keep: int = 200
     seed: int = 0
 
@@ -101,7 +102,7 @@ def train_judge(images: Tensor, classes: Tensor, path: Path, settings: Settings,
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-2)
     for step in track(range(settings.judge_steps), "classifier"):
         generator = rng("flux-mnist", settings.seed, "judge", step)
-        rows = torch.randint(len(images), (128,), generator=generator)
+        rows = torch.randint(len(images), (settings.judge_batch,), generator=generator)
         shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
         loss = F.cross_entropy(judge(images[rows].roll(shift, (-2, -1)))[0], classes[rows])
         optimizer.zero_grad()
