@@ -1,8 +1,8 @@
 """What a denoiser is asked for: a bank of prompts or classes, encoded once, so that no text encoder is needed later.
 
 A bank is a safetensors file. Its tensors have the denoiser's argument names (`encoder_hidden_states`,
-`pooled_projections`, `encoder_attention_mask`, …) and one row per entry; its metadata has `labels`, a JSON list of
-prompts or classes, and where there is one `null`, the index of the entry without any, which guidance needs.
+`pooled_projections`, `encoder_attention_mask`, …) and one row per entry; its metadata has `conditions`, JSON of
+`labels`, the list of prompts or classes, and `null`, the index of the entry without any, which guidance needs, or null.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ class Conditions:
         """Write the file; `load_conditions` is its inverse."""
         from safetensors.torch import save_file
 
-        about = {"labels": json.dumps(self.labels, ensure_ascii=False)}
-        if self.null is not None:
-            about["null"] = str(self.null)
+        about = {"conditions": json.dumps({"labels": self.labels, "null": self.null}, ensure_ascii=False)}
         with replacing(path) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, temporary, metadata=about)
 
@@ -91,11 +89,10 @@ def load_conditions(path: Path) -> Conditions:
         raise AssetMissing(f"{path} is not there: it should hold the encoded prompts") from None
     except (OSError, SafetensorError) as error:
         raise AssetMissing(f"{path} cannot be read as safetensors: {one_line(error)}") from None
-    if "labels" not in about:
-        raise UsageError(f"{path} has no labels in its metadata: it is no bank of conditions")
     try:
-        labels = json.loads(about["labels"])
-        null = int(about["null"]) if "null" in about else None
-    except ValueError as error:
-        raise UsageError(f"{path}: labels or null in its metadata are not JSON: {one_line(error)}") from None
-    return Conditions(tensors, tuple(labels), null)
+        given = json.loads(about["conditions"])
+        labels, null = tuple(given["labels"]), given["null"]
+    except (KeyError, TypeError, ValueError):
+        found = one_line(about.get("conditions", "nothing"))
+        raise UsageError(f"{path}: its metadata should hold labels and null under 'conditions', not {found}") from None
+    return Conditions(tensors, labels, null)
