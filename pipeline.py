@@ -438,7 +438,7 @@ def require_gates(document: Mapping[str, Any]) -> None:
 
 def _headline(document: Mapping[str, Any]) -> dict[str, Any]:
     student = document["arms"][STUDENT]
-    keys = ("quality", "retrieval", "retrieval_drop", "kv_ratio", "flops_ratio", "converted")
-    keys = tuple(key for key in keys if key in student)
+    known = ("quality", "retrieval", "retrieval_drop", "kv_ratio", "flops_ratio", "converted")
+    keys = [key for key in known if key in student]
     speedups = {n: {k: v for k, v in e.items() if k.endswith("speedup")} for n, e in document["speed"].items()}
     return {**{k: student[k] for k in keys}, "speed": speedups, "gates": document["gates"]}
