@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.spec import Full, Spec, label
+from ..kernels.spec import Full, Spec, label, whole_site
 from .files import stored
 from .hosts import surgery
 from .hosts.models import Replay
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 MEASURES = ("kl", "needle")
 SURE = 2.0  # standard errors by which a needle loss must stand out
 Group = tuple[int, int]  # site index, KV group
-Job = tuple[str, int, int]  # candidate, site index, KV group
+WHOLE = -1  # in the place of a KV group: all of the site
+Job = tuple[str, int, int]  # candidate, site index, KV group or WHOLE
 Measure = Callable[[Mapping[Group, Spec]], dict[str, float]]
 
 
@@ -67,6 +68,9 @@ def replaced(model: Any, sites: Sequence[Site], chosen: Mapping[Group, Spec], le
 
 def take_groups(source: nn.Module, target: nn.Module, groups: Sequence[int], kv_heads: int) -> None:
     """Copies what some KV groups learned: parameters have their heads first, in the order of the groups."""
+    if len(groups) == kv_heads:
+        target.load_state_dict(source.state_dict())
+        return
     with torch.no_grad():
         for name, p in target.named_parameters():
             whole = source.get_parameter(name)
@@ -86,13 +90,11 @@ def single_damage(
     track: Track,
 ) -> dict[str, Any]:
     """KL and needle loss of every single replacement, a case at a time; a finished case is never measured again."""
-    jobs = [(name, n, g) for n, site in enumerate(sites) for name in names for g in range(site.kv_heads)]
-    jobs = [(name, n, g) for name, n, g in jobs if refusal(sites[n], names[name]) is None]
+    jobs = _jobs(sites, names)
     cases = _cases(model, sites, needles, names, learned, jobs, {}, folder / "damage", track)
     damage = _empty(names, sites)
     for n_job, (name, n, g) in enumerate(jobs):
-        for m, value in summed_up([case["jobs"][n_job] for case in cases]).items():
-            damage[name][m][n][g] = value
+        _spread(damage[name], sites, n, g, summed_up([case["jobs"][n_job] for case in cases]))
     return {"damage": damage, "teacher": {"needle_nll": _mean(case["teacher"] for case in cases)}}
 
 
@@ -113,14 +115,13 @@ def marginal_damage(
     to less, retrieval loss to more.
     """
     every = {label(Full()): Full(), **names}
-    options = [
-        (name, n, g)
-        for n, site in enumerate(sites)
-        for g in range(site.kv_heads)
-        for name, spec in every.items()
-        if refusal(site, spec) is None
-    ]
-    jobs = [job for job in options if every[job[0]] != around.get(job[1:], Full())]
+    options = _jobs(sites, every)
+
+    def kept(job: Job) -> bool:
+        name, n, g = job
+        return all(around.get(group, Full()) == every[name] for group in _groups(sites, n, g))
+
+    jobs = [job for job in options if not kept(job)]
     place = folder / f"marginal-{plan_key(around)}"
     cases = _cases(model, sites, needles, every, learned, jobs, around, place, track)
     table = _empty(names, sites)
@@ -132,9 +133,30 @@ def marginal_damage(
     for name, n, g in options:
         if name in names:
             rises = [{m: case[name, n, g][m] - case[label(Full()), n, g][m] for m in MEASURES} for case in found]
-            for m, value in summed_up(rises).items():
-                table[name][m][n][g] = value
+            _spread(table[name], sites, n, g, summed_up(rises))
     return table
+
+
+def _jobs(sites: Sequence[Site], names: Mapping[str, Spec]) -> list[Job]:
+    """What is measured of each site: its groups with every candidate, or where one needs the whole site, that."""
+    found: list[Job] = []
+    for n, site in enumerate(sites):
+        fitting = [name for name, spec in names.items() if refusal(site, spec) is None]
+        whole = any(whole_site(names[name]) for name in fitting)
+        found += [(name, n, g) for name in fitting for g in ([WHOLE] if whole else range(site.kv_heads))]
+    return found
+
+
+def _groups(sites: Sequence[Site], n: int, g: int) -> list[Group]:
+    return [(n, x) for x in range(sites[n].kv_heads)] if g == WHOLE else [(n, g)]
+
+
+def _spread(table: Table, sites: Sequence[Site], n: int, g: int, found: Mapping[str, float]) -> None:
+    """Puts what was measured in its cell; of a whole site, an equal part in each group's."""
+    groups = _groups(sites, n, g)
+    for m, value in found.items():
+        for _, group in groups:
+            table[m][n][group] = value / len(groups)
 
 
 def _empty(names: Iterable[str], sites: Sequence[Site]) -> dict[str, Table]:
@@ -189,7 +211,8 @@ def _damage_of_case(
             whole = needles.answers(model, case)
     rows = []
     for name, n, group in jobs:
-        with replaced(model, sites, {**around, (n, group): names[name]}, learned), replay.start(n):
+        chosen = {**around, **dict.fromkeys(_groups(sites, n, group), names[name])}
+        with replaced(model, sites, chosen, learned), replay.start(n):
             rows.append(needles.compared(case, want, needles.answers(model, case)))
     return {"teacher": needles.answer_loss(case, want), "joint": needles.compared(case, want, whole), "jobs": rows}
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from ..kernels.spec import whole_site
 from .recipe_fields import (
     AtLeastZero,
     Conflict,
@@ -145,6 +146,11 @@ class ImageTraining(Section):
     distribution: AtLeastZero = Field(
         default=0.0, description="weight of LinVideo's any-time distribution matching, on the student's own states"
     )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="number type of the computation; weights stay as they are. auto: bfloat16 where this machine has "
+        "instructions for it",
+    )
     checkpoint_every: Count = Field(default=50, description="steps between checkpoints")
     gradient_checkpointing: Flag = Field(default=False, description="recompute activations instead of keeping them")
 
@@ -229,6 +235,9 @@ class ImageRecipe(Section):
             if "profile" in fields:
                 yield from unmeasured(where, select, fields["profile"])
             yield from _of_text(where, select)
+            wanted = (select.operator,) if select.operator else getattr(fields.get("profile"), "candidates", ())
+            if select.unit == "group" and select.method != "explicit" and any(map(whole_site, wanted)):
+                yield (*where, "unit"), "an operator with augment serves all heads of a layer: set unit to layer"
         kept = fields["sample"].keep if "sample" in fields else "trajectory"
         if training and training.states == "trajectory" != kept:
             yield ("sample", "keep"), "keeps latents alone, and distill.training.states asks for trajectories"

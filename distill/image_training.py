@@ -20,6 +20,7 @@ from ..convert.errors import UsageError
 from ..convert.files import replacing
 from ..convert.hosts.sites import Conversion, Site, SiteOperators, submodule
 from ..convert.hosts.surgery import converted, frozen
+from ..convert.machine import number_type
 from ..convert.seeds import rng
 from ..kernels.call import Call
 from ..kernels.spec import Full, Spec
@@ -87,8 +88,11 @@ def _train(
         )
         losses = _Losses(images, conversion, kept, settings, teacher, seed)
 
+        precision = number_type() if settings.precision == "auto" else settings.precision
+
         def step(rows: Tensor) -> dict[str, float]:
-            parts = losses(rows, trainer.at)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                parts = losses(rows, trainer.at)
             total = torch.stack([getattr(settings, name) * value for name, value in parts.items()]).sum()
             total.backward()
             return {"loss": total.item(), **{name: value.item() for name, value in parts.items()}}

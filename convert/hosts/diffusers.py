@@ -232,7 +232,7 @@ class Watch:
 
 def _augments(operators: SiteOperators) -> list[nn.Module]:
     """What was learned that adds to the inputs of queries and keys."""
-    return [x for x in operators.children() if hasattr(x, "augment_q") or hasattr(x, "augment_k")]
+    return [x for x in operators.children() if getattr(x, "augment_q", None) or getattr(x, "augment_k", None)]
 
 
 class Augment:
@@ -246,7 +246,10 @@ class Augment:
             return None
         hidden = args[0]  # (B, S, C)
         for learned in _augments(self.operators):
-            more = getattr(learned, self.part)(hidden)
+            adds = getattr(learned, self.part, None)
+            if adds is None:
+                continue
+            more = adds(hidden)
             if more.shape != hidden.shape:
                 raise Unsupported(
                     f"{self.operators.site.name}: {self.part} makes {tuple(more.shape)} of {tuple(hidden.shape)}"
@@ -287,7 +290,7 @@ def _install(model: Any, sites: Mapping[str, SiteOperators]) -> dict[str, Any]:
         before[name] = attention.processor
         attention.processor = classes[name](before[name], sites[name], moment)
         for part, projection in (("augment_q", "to_q"), ("augment_k", "to_k")):
-            if any(hasattr(x, part) for x in sites[name].children()):
+            if any(getattr(x, part, None) for x in sites[name].children()):
                 target: Any = getattr(attention, projection)
                 hooks.append(target.register_forward_pre_hook(Augment(sites[name], part)))
     watch = Watch(model, places, moment)

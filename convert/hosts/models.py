@@ -174,7 +174,8 @@ def _refuse_layer_types(model: PreTrainedModel) -> None:
 class Replay:
     """Runs a decoder from the middle: blocks before `start` hand back what they gave when `record` ran.
 
-    Damage of one layer then costs only the layers behind it. Works on any model whose sites sit in one ModuleList.
+    Damage of one layer then costs only the layers behind it. A block is the innermost entry of a list of modules that
+    holds the site; blocks that hold several sites, or what stands between the blocks, run as ever.
     """
 
     def __init__(self, model: PreTrainedModel, sites: Sequence[Site]) -> None:
@@ -188,9 +189,7 @@ class Replay:
             ]
             if not parents:
                 raise Unsupported(f"{site.name} is not in a list of blocks, so the model cannot be run from its middle")
-            self.blocks.append(model.get_submodule(".".join(path[: parents[0]])))
-        if len(set(self.blocks)) < len(self.blocks):
-            raise Unsupported("two sites share one block: their damage cannot be told apart by running from the middle")
+            self.blocks.append(model.get_submodule(".".join(path[: parents[-1]])))
         self.outputs: list[Any] = []
 
     @contextlib.contextmanager
@@ -217,7 +216,8 @@ class Replay:
 
         with contextlib.ExitStack() as stack:
             for block, value in zip(self.blocks[:index], self.outputs, strict=False):
-                stack.enter_context(_forward(block, answer(value)))
+                if block not in self.blocks[index:]:
+                    stack.enter_context(_forward(block, answer(value)))
             yield
 
 
