@@ -21,6 +21,24 @@ TINY = {
         "pooled_projection_dim": 20,
         "axes_dims_rope": (4, 6, 6),
     },
+    "Flux2Transformer2DModel": {
+        **HEADS,
+        "in_channels": 4,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "joint_attention_dim": 24,
+        "timestep_guidance_channels": 32,
+        "axes_dims_rope": (4, 4, 4, 4),
+    },
+    "QwenImageTransformer2DModel": {
+        **HEADS,
+        "in_channels": 4,
+        "out_channels": 4,
+        "patch_size": 1,
+        "num_layers": 2,
+        "joint_attention_dim": 24,
+        "axes_dims_rope": (4, 6, 6),
+    },
     "SD3Transformer2DModel": {
         **HEADS,
         "sample_size": 32,
@@ -90,6 +108,14 @@ TINY = {
         "pooled_projection_dim": 32,
         "text_embed_dim": 24,
         "time_embed_dim": 16,
+    },
+    "LTXVideoTransformer3DModel": {
+        **HEADS,
+        "in_channels": 4,
+        "out_channels": 4,
+        "cross_attention_dim": 32,
+        "num_layers": 2,
+        "caption_channels": 24,
     },
 }
 

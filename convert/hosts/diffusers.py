@@ -112,7 +112,7 @@ def _answer(
         keep=False,
         causal=False,
         layout=site.layout(moment.grid, text) if text else layout,
-        time=_time(site, moment, q.shape[0], calls),
+        time=_time(site, moment, q, calls),
     )
     o: Tensor = operators(q, k, v, call)
     return o
@@ -136,12 +136,15 @@ def _valid(site: Site, mask: Tensor | None, moment: Moment, expected: tuple[int,
     return moment.mask[1]
 
 
-def _time(site: Site, moment: Moment, batch: int, calls: int) -> Tensor | None:
-    """The times of the samples in a call; Mochi calls its attention once for each sample."""
-    if moment.time is None or batch == moment.batch:
-        return moment.time
+def _time(site: Site, moment: Moment, q: Tensor, calls: int) -> Tensor | None:
+    """The times of the samples in q (B, …); Mochi calls its attention once for each sample."""
+    if moment.time is None:
+        return None
+    time, batch = moment.time.to(q.device), q.shape[0]
+    if batch == moment.batch:
+        return time
     if batch == 1 and calls < moment.batch:
-        return moment.time[calls : calls + 1]
+        return time[calls : calls + 1]
     raise Unsupported(f"{site.name} has a batch of {batch}, the model one of {moment.batch}")
 
 
@@ -169,6 +172,7 @@ def _processor_class(stock: type) -> type[nn.Module]:
     if not named or ("scaled_dot_product_attention" in named and known.get("F") is not F):
         raise Unsupported(f"{stock.__name__} calls neither {CALLS[0]} nor F.{CALLS[1]}: it has its own attention")
     names = {**known, "dispatch_attention_fn": dispatch_attention_fn, "F": _module_f()}
+    del names["__name__"]  # by which torch.compile would take the names of the stock module for ours, and reversely
     run = types.FunctionType(code, names, original.__name__, original.__defaults__, original.__closure__)
     run.__kwdefaults__ = original.__kwdefaults__
 
