@@ -12,6 +12,7 @@ from denoisers import TINY, tiny
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from peft import LoraConfig
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from attnconvert.convert.hosts import diffusers as host
 from attnconvert.convert.hosts.denoisers import (
@@ -329,7 +330,7 @@ def test_blocks_that_are_compiled_one_by_one_share_their_graphs() -> None:
     sites = find_sites(model)
     inputs = dummy_inputs(model, (4, 6))
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     with converted(model, everything(sites, Linear())):
         expected = run(model, inputs)
         model.compile_repeated_blocks(fullgraph=True, backend=counter)
