@@ -32,6 +32,7 @@ from .hosts.sites import NAME, Site, SiteOperators, plan_block
 from .runs import DONE, KEY
 
 ROOTS = ("operators", "backend_torch", "backend_cpp", "backend_triton")  # beside the files of Triton, loaded by name
+SEVERAL = r"^( *)from {} import (\([\w,\s]+\)|[\w, ]+)$"  # modules by name, in one line or in parentheses
 CPP_SOURCES = "cpp_sources"  # the module that holds the C++ files in a checkpoint, as `kernels.cpp_build` expects it
 HEADER = """# attnconvert {version}, https://github.com/attnconvert/attnconvert, Apache-2.0
 # Part of an exported checkpoint: it loads with trust_remote_code=True where attnconvert is not installed.
@@ -138,8 +139,8 @@ def kernels() -> list[str]:
             found.add(name)
             source = (folder / f"{name}.py").read_text(encoding="utf-8")
             left += re.findall(r"^ *from \.(\w+) import", source, flags=re.M)
-            several = re.findall(r"^ *from \. import ([\w, ]+)$", source, flags=re.M)
-            left += [each.strip() for names in several for each in names.split(",")]
+            for _, names in re.findall(SEVERAL.format(r"\."), source, flags=re.M):
+                left += re.findall(r"\w+", names)
     return sorted(found)
 
 
@@ -147,10 +148,10 @@ def flatten_imports(source: str) -> str:
     """Relative imports of the package, rewritten for a folder in which every file is named attnconvert_<name>.py."""
 
     def several(match: re.Match[str]) -> str:
-        names = [name.strip() for name in match[2].split(",")]
+        names = re.findall(r"\w+", match[2])
         return f"{match[1]}from . import " + ", ".join(f"{NAME}_{name} as {name}" for name in names)
 
-    source = re.sub(r"^( *)from \.+(?:kernels)? import ([\w, ]+)$", several, source, flags=re.M)
+    source = re.sub(SEVERAL.format(r"\.+(?:kernels)?"), several, source, flags=re.M)
     return re.sub(r"^( *)from \.+(?:kernels\.)?(\w+) import", rf"\1from .{NAME}_\2 import", source, flags=re.M)
 
 

@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from ..kernels.spec import OPERATORS, Spec, spec_from_dict, spec_to_dict
+from ..kernels.spec import OPERATORS, Spec, plain, spec_from_dict, spec_to_dict
 from .recipe_errors import did_you_mean, show
 
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -130,6 +130,8 @@ def _spec_findings(given: Any) -> Iterator[InitErrorDetails]:
         where = ("operator",) if name is not None else ()
         yield _located(where, _refusal({"operator": str(name)} if where else {}), given)
         return
+    if all(isinstance(key, str) for key in given) and not _refusal(given):
+        return  # settings that are wrong by themselves may be right together
     for key, value in given.items():
         if key != "operator" and (message := _refusal({"operator": name, str(key): value})):
             yield _located((key,), message, value)
@@ -145,13 +147,15 @@ def _refusal(given: Mapping[str, Any]) -> str:
 
 def _spec_schema() -> dict[str, Any]:
     """JSON Schema of the operators, from the dataclasses that define them."""
-    kinds = {int: "integer", float: "number", bool: "boolean", str: "string"}
+    kinds = {int: "integer", float: "number", bool: "boolean", str: "string", list: "array", dict: "object"}
     choices = []
     for name, cls in sorted(OPERATORS.items()):
         settings: dict[str, Any] = {"operator": {"const": name}}
+        spec = cls()
         for setting in dataclasses.fields(cls):
-            default = setting.default
-            settings[setting.name] = {"type": kinds.get(type(default), "string"), "default": default}
+            default = plain(getattr(spec, setting.name))
+            kind: Any = kinds[type(default)]
+            settings[setting.name] = {"type": [kind, "integer"] if kind == "array" else kind, "default": default}
         text = " ".join((cls.__doc__ or "").split())
         choices.append(
             {

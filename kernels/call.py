@@ -85,6 +85,12 @@ class Cost:
     state_bytes: float
 
 
+def refuse_limit(call: Call) -> None:
+    """For operators that read beyond a sliding window of the model's own, and so cannot stand in for it."""
+    if call.limit is not None:
+        raise ValueError(f"this layer has a sliding window of {call.limit} tokens of its own: choose 'window' for it")
+
+
 def grouped(q: Tensor, kv_heads: int) -> Tensor:
     """(B, H, Q, D) → (B, Hk, G, Q, D), a view."""
     return q.reshape(q.shape[0], kv_heads, q.shape[1] // kv_heads, *q.shape[2:])

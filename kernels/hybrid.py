@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import linear, window
-from .call import Call, Cost, Shape, grouped, logits, sink_column, softmax_terms
+from .call import Call, Cost, Shape, grouped, logits, refuse_limit, sink_column, softmax_terms
 from .features import Hedgehog
 from .launch import Piece
 from .problem import EMPTY, Part
@@ -86,7 +86,7 @@ def piece(
 ) -> Piece:
     """The new tokens attend to window, sinks and tail."""
     assert isinstance(learned, HybridParameters)
-    linear.refuse_limit(call)
+    refuse_limit(call)
     band_k, band_v, first, sinks = window.band(k, v, call, state, spec.window, spec.sinks)
     sink_k, sink_v, at = sinks
     # a sink is read by the softmax part for ever, padding by nothing: neither joins the tail
@@ -115,7 +115,7 @@ def step(
     """One new token: the one that leaves the window for it joins the tail."""
     assert isinstance(learned, HybridParameters)
     assert isinstance(state, HybridState)
-    linear.refuse_limit(call)
+    refuse_limit(call)
     leaving = call.seen - spec.window
     if leaving >= (spec.sinks if call.valid is None else 0):
         slot = slice(leaving % spec.window, leaving % spec.window + 1)

@@ -11,7 +11,22 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from . import full, hybrid, launch, linear, ops, retention, span, top_blocks, window
+from . import (
+    agent,
+    full,
+    grid_masks,
+    hybrid,
+    launch,
+    linear,
+    ops,
+    retention,
+    sla,
+    span,
+    sparse,
+    timed,
+    top_blocks,
+    window,
+)
 from .call import Call, Cost, Shape
 from .problem import Part
 from .spec import Spec
@@ -24,6 +39,11 @@ FILES: dict[str, ModuleType] = {
     "linear": linear,
     "hybrid": hybrid,
     "retention": retention,
+    **dict.fromkeys(("disc", "neighbourhood", "tiles", "radial", "references", "frames"), grid_masks),
+    "sparse": sparse,
+    "sla": sla,
+    "agent": agent,
+    "timed": timed,
 }
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .call import Call, Cost, Shape, grouped, logits, sink_column, softmax_terms
-from .linear import refuse_limit
+from .call import Call, Cost, Shape, grouped, logits, refuse_limit, sink_column, softmax_terms
 from .problem import EMPTY, Part
 from .spec import Retention
 

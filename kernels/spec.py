@@ -6,42 +6,21 @@ checked without loading either. `label` gives the short name used in plans, plot
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
 
-FEATURE_MAPS = ("hedgehog",)
+from .masks_checks import check_count
+from .spec_grid import Agent, Disc, Frames, Neighbourhood, Radial, References, Sla, Sparse, Tiles, Timed
+from .spec_registry import OPERATORS, QUIET, Spec, label, nested, operator, plain, spec_from_dict, spec_to_dict
+
+FEATURE_MAPS = ("hedgehog", "elu1", "softmax")  # of linear attention; the hybrid has the first
 BACKENDS = ("auto", "triton", "cpp", "torch")  # what may be asked for; `dispatch` chooses
 
 STEP = 64  # tokens by which a span grows at once
-Spec = Any  # one of the dataclasses below; `OPERATORS` lists them
-S = TypeVar("S")
-OPERATORS: dict[str, type] = {}
 
 
-def operator(name: str) -> Callable[[type[S]], type[S]]:
-    """Register a spec class under the name that recipes and plans use."""
-
-    def register(cls: type[S]) -> type[S]:
-        if name in OPERATORS:
-            raise ValueError(f"operator {name!r} is registered twice: {OPERATORS[name].__name__} and {cls.__name__}")
-        OPERATORS[name] = cls
-        cls.operator = name  # type: ignore[attr-defined]
-        return cls
-
-    return register
-
-
-def _count(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-
-
-def _feature_map(value: object) -> None:
-    if value not in FEATURE_MAPS:
-        raise ValueError(f"no feature map {value!r}; known are {', '.join(FEATURE_MAPS)}")
+def _feature_map(value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"no feature map {value!r}; known are {', '.join(known)}")
 
 
 @operator("full")
@@ -64,8 +43,8 @@ class Window:
     sinks: int = 4
 
     def __post_init__(self) -> None:
-        _count("size", self.size, 1)
-        _count("sinks", self.sinks, 0)
+        check_count("size", self.size, 1)
+        check_count("sinks", self.sinks, 0)
 
 
 @operator("span")
@@ -85,8 +64,8 @@ class Span:
     sinks: int = 4
 
     def __post_init__(self) -> None:
-        _count("size", self.size, 1)
-        _count("sinks", self.sinks, 0)
+        check_count("size", self.size, 1)
+        check_count("sinks", self.sinks, 0)
         if isinstance(self.growth, bool) or not isinstance(self.growth, int | float) or not 0 < self.growth < 1:
             raise ValueError(f"growth must be a number between 0 and 1, not {self.growth!r}")
 
@@ -117,9 +96,9 @@ class TopBlocks:
     rows: int = 32
 
     def __post_init__(self) -> None:
-        _count("keep", self.keep, 2)
-        _count("block", self.block, 32)
-        _count("rows", self.rows, 16)
+        check_count("keep", self.keep, 2)
+        check_count("block", self.block, 32)
+        check_count("rows", self.rows, 16)
         if self.block % 32:
             raise ValueError(f"block must be a multiple of 32, not {self.block}")
         if self.rows % 16 or self.block % self.rows:
@@ -129,15 +108,32 @@ class TopBlocks:
 @operator("linear")
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """Linear attention with learned feature maps; one fp32 state per KV head.
+    """Linear attention; one fp32 state per KV head. The feature maps are learned (`hedgehog`) or fixed.
 
-    Source: Hedgehog (Zhang et al., 2024).
+    For image and video tokens only: `conv`, the size of a depthwise convolution of the values over each frame's grid,
+    is added to the output and brings back what is near (0: none); `augment` adds a small MLP of the tokens before the
+    projections of q and k, and then the operator serves all heads of its site. Both start as if they were not there.
+
+    Source: Hedgehog (Zhang et al., 2024); convolution as in FLatten (Han et al., 2023); MLP of LinFusion (Liu et al.,
+    2024).
     """
 
     feature_map: str = "hedgehog"
+    conv: int = field(default=0, metadata=QUIET)
+    augment: bool = field(default=False, metadata=QUIET)
 
     def __post_init__(self) -> None:
-        _feature_map(self.feature_map)
+        _feature_map(self.feature_map, FEATURE_MAPS)
+        check_count("conv", self.conv, 0)
+        if self.conv and not self.conv % 2:
+            raise ValueError(f"conv must be an odd size, or 0 for none, not {self.conv}")
+        if not isinstance(self.augment, bool):
+            raise ValueError(f"augment must be true or false, not {self.augment!r}")
+
+    @property
+    def on_grid(self) -> bool:
+        """Whether it asks for more than a sequence."""
+        return self.conv > 0 or self.augment
 
 
 @operator("hybrid")
@@ -155,9 +151,9 @@ class Hybrid:
     feature_map: str = "hedgehog"
 
     def __post_init__(self) -> None:
-        _count("window", self.window, 1)
-        _count("sinks", self.sinks, 0)
-        _feature_map(self.feature_map)
+        check_count("window", self.window, 1)
+        check_count("sinks", self.sinks, 0)
+        _feature_map(self.feature_map, FEATURE_MAPS[:1])
 
 
 @operator("retention")
@@ -176,50 +172,28 @@ class Retention:
     block: int = 16
 
     def __post_init__(self) -> None:
-        _count("window", self.window, 1)
-        _count("keep", self.keep, 0)
-        _count("sinks", self.sinks, 0)
-        _count("block", self.block, 1)
+        check_count("window", self.window, 1)
+        check_count("keep", self.keep, 0)
+        check_count("sinks", self.sinks, 0)
+        check_count("block", self.block, 1)
         if self.block > self.window:
             raise ValueError(f"block must be at most the window, {self.window}, not {self.block}")
 
 
-def spec_from_dict(given: Mapping[str, Any]) -> Spec:
-    """The spec that `{"operator": "window", "size": 128}` describes.
-
-    Raises:
-        ValueError: the operator or one of its settings is unknown or out of range.
-    """
-    settings = dict(given)
-    name = settings.pop("operator", None)
-    if name is None:
-        raise ValueError(f"operator is missing: name one of {', '.join(sorted(OPERATORS))}")
-    if name not in OPERATORS:
-        raise ValueError(
-            f"no operator {name!r}{_suggest(str(name), OPERATORS)}; known are {', '.join(sorted(OPERATORS))}"
-        )
-    cls = OPERATORS[name]
-    fields = [f.name for f in dataclasses.fields(cls)]
-    for key in settings:
-        if key not in fields:
-            known = f"it takes {', '.join(fields)}" if fields else "it takes no settings"
-            raise ValueError(f"operator {name!r} has no setting {key!r}{_suggest(key, fields)}; {known}")
-    return cls(**settings)
-
-
-def spec_to_dict(spec: Spec) -> dict[str, Any]:
-    """The inverse of `spec_from_dict`: plain data for YAML and JSON."""
-    return {"operator": spec.operator, **dataclasses.asdict(spec)}
-
-
-def label(spec: Spec) -> str:
-    """A short unique name: `full`, `window-128-4`, `linear-hedgehog`, `hybrid-64-4-hedgehog`."""
-    return "-".join([spec.operator, *(str(value) for value in dataclasses.asdict(spec).values())])
-
-
 def grid_only(spec: Spec) -> bool:
-    """Whether it reads the places of image or video tokens on their grid."""
-    return bool(getattr(type(spec), "on_grid", False))
+    """Whether it is for image or video tokens on their grid."""
+    return bool(getattr(spec, "on_grid", False))
+
+
+def grid_axes(spec: Spec) -> int | None:
+    """How many axes the grid must have (2: image, 3: video), None where any number will do."""
+    axes: int | None = getattr(spec, "axes", None)
+    return axes
+
+
+def whole_site(spec: Spec) -> bool:
+    """Whether it must serve all heads of its site, because it changes what is projected to q and k."""
+    return bool(getattr(spec, "augment", False))
 
 
 def causal_only(spec: Spec) -> bool:
@@ -227,6 +201,37 @@ def causal_only(spec: Spec) -> bool:
     return isinstance(spec, Retention)
 
 
-def _suggest(given: str, known: Any) -> str:
-    close = difflib.get_close_matches(given, list(known), n=1)
-    return f": did you mean {close[0]!r}?" if close else ""
+__all__ = [
+    "BACKENDS",
+    "FEATURE_MAPS",
+    "OPERATORS",
+    "STEP",
+    "Agent",
+    "Disc",
+    "Frames",
+    "Full",
+    "Hybrid",
+    "Linear",
+    "Neighbourhood",
+    "Radial",
+    "References",
+    "Retention",
+    "Sla",
+    "Span",
+    "Sparse",
+    "Spec",
+    "Tiles",
+    "Timed",
+    "TopBlocks",
+    "Window",
+    "causal_only",
+    "grid_axes",
+    "grid_only",
+    "label",
+    "nested",
+    "operator",
+    "plain",
+    "spec_from_dict",
+    "spec_to_dict",
+    "whole_site",
+]

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .call import Call, Cost, Shape, dense, grouped
+from .call import Call, Cost, Shape, dense, grouped, refuse_limit
 from .full import FullState, extended
-from .linear import refuse_limit
 from .span import starts
 from .spec import TopBlocks
 from .torch_select import from_map
@@ -133,10 +132,10 @@ def lists(spec: TopBlocks, q: Tensor, k: Tensor, call: Call) -> Tensor:
 def _means(spec: TopBlocks, k: Tensor, real: Tensor | None, whole: bool) -> Tensor:
     """Mean keys (B, Hk, M, D) of the blocks of k (B, Hk, n, D), of `whole` ones only where asked."""
     end = k.shape[2] // spec.block * spec.block if whole else k.shape[2]
-    return _pooled(k[:, :, :end], None if real is None else real[:, :end], spec.block)
+    return pooled(k[:, :, :end], None if real is None else real[:, :end], spec.block)
 
 
-def _pooled(x: Tensor, real: Tensor | None, size: int) -> Tensor:
+def pooled(x: Tensor, real: Tensor | None, size: int) -> Tensor:
     """Means (B, H, ⌈S / size⌉, D) of the real ones (B, S) among x (B, H, S, D), in at least fp32; 0 without any."""
     pad = -x.shape[2] % size
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -194,7 +193,7 @@ def _sequence(
 @torch.no_grad()
 def _choose(spec: TopBlocks, q: Tensor, row: int, means: Tensor, real: Tensor | None, call: Call) -> Tensor:
     """(B, Hk, N, M): the lists of the row blocks of q (B, H, Q, D), whose first stands at `row`; some at a time."""
-    query = q[:, :, :: spec.rows] if call.causal else _pooled(q, real, spec.rows)
+    query = q[:, :, :: spec.rows] if call.causal else pooled(q, real, spec.rows)
     step = max(1, SCORES // max(1, means.shape[2] * q.shape[0] * q.shape[1]))
     starts = range(0, query.shape[2], step)
     parts = [_best(spec, query[:, :, n : n + step], row + n * spec.rows, means, real, call) for n in starts]

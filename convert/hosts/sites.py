@@ -15,10 +15,24 @@ from torch import Tensor, nn
 from ...kernels import operators
 from ...kernels.call import Call
 from ...kernels.masks import Layout
-from ...kernels.spec import Full, Spec, Window, causal_only, grid_only, label, spec_from_dict, spec_to_dict
+from ...kernels.spec import (
+    Full,
+    Spec,
+    Window,
+    causal_only,
+    grid_axes,
+    grid_only,
+    label,
+    nested,
+    spec_from_dict,
+    spec_to_dict,
+    whole_site,
+)
 
 NAME = "attnconvert"  # of the submodule of a site, the attention implementation, the config block and the model type
 FORMAT = 1  # of the config block
+GRIDS = {2: "images", 3: "videos"}  # by axes
+ON_GRIDS = {"window": "disc or neighbourhood", "span": "disc or neighbourhood", "hybrid": "sla", "retention": "sparse"}
 
 Observer = Callable[["SiteOperators", Tensor, Tensor, Tensor, Call], "Tensor | None"]
 Install = Callable[[Any, Mapping[str, "SiteOperators"]], Any]
@@ -58,8 +72,16 @@ class Site:
 
 def refusal(site: Site, spec: Spec) -> str | None:
     """Why a site cannot take an operator, or None where it can."""
+    for own in nested(spec):
+        if reason := refusal(site, own):
+            return reason
+    axes = grid_axes(spec)
     if not site.axes and grid_only(spec):
-        return f"{site.name} is of a sequence, and {label(spec)} reads a grid of image or video tokens"
+        return f"{site.name} is of a sequence, and {label(spec)} is for image or video tokens on their grid"
+    if site.axes and axes is not None and axes != site.axes:
+        return f"{site.name} is of {GRIDS[site.axes]}, and {label(spec)} is for {GRIDS.get(axes, f'{axes} axes')}"
+    if site.axes and (other := ON_GRIDS.get(spec.operator)):
+        return f"{site.name} has its tokens on a grid, and {label(spec)} counts along a text: take {other} instead"
     if not site.causal and causal_only(spec):
         return f"{site.name} reads in both directions, and {label(spec)} keeps what later rows will read"
     if site.limit is None or isinstance(spec, Full):
@@ -93,6 +115,8 @@ class SiteOperators(nn.Module):
         for spec in specs:
             if reason := refusal(site, spec):
                 raise Unsupported(reason)
+            if whole_site(spec) and len(set(specs)) > 1:
+                raise Unsupported(f"{site.name}: {label(spec)} changes what is projected, so it must serve all heads")
         self.site, self.specs = site, tuple(specs)
         self.active = True
         self.observer: Observer | None = None
