@@ -1,8 +1,12 @@
 """Tiny random denoisers of every class that is claimed."""
 
 import diffusers
+import pytest
 import torch
 
+from attnconvert.convert.hosts.sites import Unsupported
+
+GRIDS = {2: ((6, 4), (8, 10)), 3: ((3, 4, 6), (2, 6, 4))}
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 UNET = {
     "block_out_channels": (32, 64),
@@ -130,3 +134,23 @@ def tiny(name, seed=0, **changes):
         if "proj_out" in name:  # some start as zeros
             p.data.normal_(0, 0.1)
     return model
+
+
+def everything(sites, spec):
+    return {site: [spec] * site.kv_heads for site in sites}
+
+
+@torch.no_grad()
+def run(model, inputs):
+    return model(**inputs)[0]
+
+
+def relative(found, expected):
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def message(model, inputs):
+    """How the model refuses to run."""
+    with pytest.raises(Unsupported) as caught:
+        run(model, inputs)
+    return str(caught.value)
