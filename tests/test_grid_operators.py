@@ -155,6 +155,27 @@ def test_a_back_end_is_as_close_as_fp32_allows_with_gradients(case, backend):
         torch.testing.assert_close(got.double(), want, atol=2e-4, rtol=2e-4)
 
 
+TRITON = [Disc(radius=2, pool=2), Tiles(window=1, tile=2), Sparse(keep=0.4, block=32), Sla(keep=0.2, block=32)]
+TRITON += [Agent(agents=2), Linear(feature_map="softmax", conv=3), Timed(above=0.5, late=Disc(radius=2))]
+
+
+@pytest.mark.parametrize("spec", TRITON, ids=label)
+def test_triton_is_as_close_as_fp32_allows(spec):
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # the latter in Triton's interpreter
+    layout = layout_of((7, 15), (3, 0))
+    call = call_of(layout, padded=True, dim=16)
+    inputs, learned = make(layout, torch.float32, dim=16), learned_of(spec, torch.float32, dim=16)
+    exact = None if learned is None else learned_of(spec, dim=16)
+    if exact is not None:
+        exact.load_state_dict(learned.state_dict())
+    want = operators.of(spec).reference(spec, *[x.double() for x in inputs], call, exact)
+    moved = dataclasses.replace(call, valid=call.valid.to(device), time=call.time.to(device))
+    with dispatch.use("triton"):
+        got = run(spec, *[x.to(device) for x in inputs], moved, None if learned is None else learned.to(device))
+    torch.testing.assert_close(got.cpu().double(), want, atol=2e-4, rtol=2e-4)
+
+
 @pytest.mark.parametrize("text", [(3, 0), (0, 6)], ids=str)
 @pytest.mark.parametrize(
     "spec", [s for s in SPECS if not isinstance(s, Linear | Timed | Agent | Sla) and fits(s, 2)], ids=label
@@ -240,6 +261,19 @@ def test_timed_takes_each_sample_by_its_own_time():
         run(spec, q, k, v, call_of(layout, time=None), None)
     with pytest.raises(ValueError, match="one for each sample"):
         run(spec, q, k, v, call_of(layout, time=torch.ones(3)), None)
+
+
+@pytest.mark.parametrize(
+    "spec", [Disc(radius=2, pool=2), Sla(keep=0.3, block=32, tile=4), Agent(agents=2), Linear(conv=3)], ids=label
+)
+def test_a_compiled_model_gives_the_same_at_every_size(spec):
+    learned = learned_of(spec, torch.float32)
+    compiled = torch.compile(run, backend="eager", dynamic=False, fullgraph=isinstance(spec, Agent | Linear))
+    with torch.no_grad():
+        for size in ((5, 7), (8, 6)):
+            layout = layout_of(size, (3, 0))
+            inputs = [spec, *make(layout, torch.float32), call_of(layout), learned]
+            torch.testing.assert_close(compiled(*inputs), run(*inputs))
 
 
 # ------------------------------------------------------------------------------------------------------------- costs
