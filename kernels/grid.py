@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +16,14 @@ from .call import Call, Cost, Shape, refuse_limit
 from .masks import Layout
 from .spec import Spec, grid_axes, label
 
+F = TypeVar("F", bound=Callable[..., Any])
 NAMES = {1: "a line", 2: "an image (h, w)", 3: "a video (t, h, w)"}
+
+
+def uncompiled(function: F) -> F:
+    """For what makes lists in numpy or by data: a compiled model breaks its graph there and runs it as it is."""
+    plain: F = torch.compiler.disable(function)
+    return plain
 
 
 def layout_of(spec: Spec, k: Tensor, call: Call) -> Layout:
@@ -112,12 +121,11 @@ def averaged(x: Tensor, cells: tuple[int, ...]) -> Tensor:
     """
     for n, count in enumerate(reversed(cells)):
         axis = x.dim() - 2 - n
-        x = torch.tensordot(x, _cells(x.shape[axis], count, x.device).to(x.dtype), dims=([axis], [1]))
-        x = x.movedim(-1, axis)
+        weights = (_cells if torch.compiler.is_compiling() else _kept_cells)(x.shape[axis], count, x.device)
+        x = torch.tensordot(x, weights.to(x.dtype), dims=([axis], [1])).movedim(-1, axis)
     return x
 
 
-@lru_cache(maxsize=32)
 def _cells(size: int, count: int, device: torch.device) -> Tensor:
     """(count, size): what each position weighs in each cell."""
     with torch.inference_mode(False):
@@ -126,6 +134,9 @@ def _cells(size: int, count: int, device: torch.device) -> Tensor:
             start, stop = c * size // count, -(-(c + 1) * size // count)
             weights[c, start:stop] = 1 / (stop - start)
         return weights.to(device) if device.type != "mps" else weights.float().to(device)
+
+
+_kept_cells = lru_cache(maxsize=32)(_cells)
 
 
 def cost(spec: Spec, shape: Shape, length: int, pairs: float, more: float = 0.0) -> Cost:

@@ -84,6 +84,7 @@ def reference(spec: Spec, q: Tensor, k: Tensor, v: Tensor, call: Call, learned: 
     return dense(q, k, v, call, allowed[:, :, None])
 
 
+@grid.uncompiled
 def attend(
     spec: Spec, q: Tensor, k: Tensor, v: Tensor, call: Call, state: object = None, learned: nn.Module | None = None
 ) -> tuple[Tensor, None]:

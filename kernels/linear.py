@@ -47,10 +47,7 @@ class Additions(nn.Module):
 
 
 class Augment(nn.Module):
-    """What is added to h: MLP(h), Linear–LayerNorm–LeakyReLU–Linear whose last weights start at zero.
-
-    Source: LinFusion (Liu et al., 2024).
-    """
+    """h + MLP(h), with Linear–LayerNorm–LeakyReLU–Linear whose last weights start at zero. Source: LinFusion (2024)."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -62,7 +59,7 @@ class Augment(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """(…, C) → (…, C) in the dtype of h"""
         more: Tensor = self.mlp(h.to(next(self.mlp.parameters()).dtype))
-        return more.to(h.dtype)
+        return h + more.to(h.dtype)
 
 
 def parameters(spec: Linear, heads: int, kv_heads: int, dim: int) -> nn.Module | None:

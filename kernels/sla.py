@@ -49,6 +49,7 @@ def reference(spec: Sla, q: Tensor, k: Tensor, v: Tensor, call: Call, learned: n
     return o
 
 
+@grid.uncompiled
 def attend(
     spec: Sla, q: Tensor, k: Tensor, v: Tensor, call: Call, state: object = None, learned: nn.Module | None = None
 ) -> tuple[Tensor, None]:

@@ -1,8 +1,12 @@
 """Tiny random denoisers of every class that is claimed."""
 
 import diffusers
+import pytest
 import torch
 
+from attnconvert.convert.hosts.sites import Unsupported
+
+GRIDS = {2: ((6, 4), (8, 10)), 3: ((3, 4, 6), (2, 6, 4))}
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 UNET = {
     "block_out_channels": (32, 64),
@@ -19,6 +23,24 @@ TINY = {
         "num_single_layers": 2,
         "joint_attention_dim": 24,
         "pooled_projection_dim": 20,
+        "axes_dims_rope": (4, 6, 6),
+    },
+    "Flux2Transformer2DModel": {
+        **HEADS,
+        "in_channels": 4,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "joint_attention_dim": 24,
+        "timestep_guidance_channels": 32,
+        "axes_dims_rope": (4, 4, 4, 4),
+    },
+    "QwenImageTransformer2DModel": {
+        **HEADS,
+        "in_channels": 4,
+        "out_channels": 4,
+        "patch_size": 1,
+        "num_layers": 2,
+        "joint_attention_dim": 24,
         "axes_dims_rope": (4, 6, 6),
     },
     "SD3Transformer2DModel": {
@@ -91,6 +113,14 @@ TINY = {
         "text_embed_dim": 24,
         "time_embed_dim": 16,
     },
+    "LTXVideoTransformer3DModel": {
+        **HEADS,
+        "in_channels": 4,
+        "out_channels": 4,
+        "cross_attention_dim": 32,
+        "num_layers": 2,
+        "caption_channels": 24,
+    },
 }
 
 
@@ -104,3 +134,23 @@ def tiny(name, seed=0, **changes):
         if "proj_out" in name:  # some start as zeros
             p.data.normal_(0, 0.1)
     return model
+
+
+def everything(sites, spec):
+    return {site: [spec] * site.kv_heads for site in sites}
+
+
+@torch.no_grad()
+def run(model, inputs):
+    return model(**inputs)[0]
+
+
+def relative(found, expected):
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def message(model, inputs):
+    """How the model refuses to run."""
+    with pytest.raises(Unsupported) as caught:
+        run(model, inputs)
+    return str(caught.value)

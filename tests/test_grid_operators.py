@@ -6,33 +6,25 @@ import math
 import pytest
 import torch
 
-from attnconvert.convert.hosts.sites import Site, SiteOperators, Unsupported, refusal
-from attnconvert.kernels import dispatch, grid, grid_masks, operators, sparse
+from attnconvert.kernels import dispatch, grid_masks, operators, sparse
 from attnconvert.kernels.call import Call, Shape
 from attnconvert.kernels.masks import Layout
 from attnconvert.kernels.spec import (
-    OPERATORS,
     Agent,
     Disc,
     Frames,
     Full,
-    Hybrid,
     Linear,
     Neighbourhood,
     Radial,
     References,
-    Retention,
     Sla,
-    Span,
     Sparse,
     Tiles,
     Timed,
-    TopBlocks,
-    Window,
     grid_axes,
     grid_only,
     label,
-    spec_from_dict,
     spec_to_dict,
 )
 
@@ -118,6 +110,36 @@ def test_an_operator_equals_its_reference_at_odd_grids(case, text):
         torch.testing.assert_close(run(spec, q, k, v, call, learned), want, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "spec", [Disc(radius=2, pool=2), Sparse(keep=0.3, block=32), Sla(keep=0.3, block=32)], ids=label
+)
+def test_a_models_own_soft_cap_and_sink_logits_are_kept(spec):
+    layout, learned = layout_of((11, 13), (3, 0)), learned_of(spec)
+    q, k, v = make(layout)
+    call = call_of(layout, padded=True, softcap=2.0, sink_logits=torch.linspace(-1, 1, HEADS, dtype=torch.float64))
+    want = operators.of(spec).reference(spec, q, k, v, call, learned)
+    torch.testing.assert_close(run(spec, q, k, v, call, learned), want, atol=1e-10, rtol=1e-10)
+    plain = run(spec, q, k, v, dataclasses.replace(call, softcap=None, sink_logits=None), learned)
+    assert not torch.allclose(plain, want, atol=1e-2)
+    with pytest.raises(ValueError, match="sink logits"):
+        run(Agent(agents=2), q, k, v, call, None)
+
+
+@pytest.mark.parametrize("spec", ANY, ids=label)
+def test_bf16_stays_bf16_and_close(spec):
+    layout = layout_of((11, 13), (3, 0))
+    inputs, learned = make(layout, torch.bfloat16), learned_of(spec, torch.float32)
+    exact = learned_of(spec)
+    if exact is not None:
+        exact.load_state_dict(learned.state_dict())
+    call = call_of(layout, padded=True)
+    got = run(spec, *inputs, call, learned)
+    assert got.dtype == torch.bfloat16
+    if getattr(spec, "keep", 1) and not isinstance(spec, Timed):  # rounding may choose another block
+        want = operators.of(spec).reference(spec, *[x.double() for x in inputs], call, exact)
+        torch.testing.assert_close(got.double(), want, atol=0.05, rtol=0.05)
+
+
 @pytest.mark.parametrize("case", SMALL, ids=named)
 def test_gradients_equal_those_of_the_reference(case):
     spec, size = case
@@ -153,6 +175,27 @@ def test_a_back_end_is_as_close_as_fp32_allows_with_gradients(case, backend):
             found.append([o, *torch.autograd.grad((o * weights.to(dtype)).sum(), inputs)])
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got.double(), want, atol=2e-4, rtol=2e-4)
+
+
+TRITON = [Disc(radius=2, pool=2), Tiles(window=1, tile=2), Sparse(keep=0.4, block=32), Sla(keep=0.2, block=32)]
+TRITON += [Agent(agents=2), Linear(feature_map="softmax", conv=3), Timed(above=0.5, late=Disc(radius=2))]
+
+
+@pytest.mark.parametrize("spec", TRITON, ids=label)
+def test_triton_is_as_close_as_fp32_allows(spec):
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # the latter in Triton's interpreter
+    layout = layout_of((7, 15), (3, 0))
+    call = call_of(layout, padded=True, dim=16)
+    inputs, learned = make(layout, torch.float32, dim=16), learned_of(spec, torch.float32, dim=16)
+    exact = None if learned is None else learned_of(spec, dim=16)
+    if exact is not None:
+        exact.load_state_dict(learned.state_dict())
+    want = operators.of(spec).reference(spec, *[x.double() for x in inputs], call, exact)
+    moved = dataclasses.replace(call, valid=call.valid.to(device), time=call.time.to(device))
+    with dispatch.use("triton"):
+        got = run(spec, *[x.to(device) for x in inputs], moved, None if learned is None else learned.to(device))
+    torch.testing.assert_close(got.cpu().double(), want, atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize("text", [(3, 0), (0, 6)], ids=str)
@@ -242,6 +285,19 @@ def test_timed_takes_each_sample_by_its_own_time():
         run(spec, q, k, v, call_of(layout, time=torch.ones(3)), None)
 
 
+@pytest.mark.parametrize(
+    "spec", [Disc(radius=2, pool=2), Sla(keep=0.3, block=32, tile=4), Agent(agents=2), Linear(conv=3)], ids=label
+)
+def test_a_compiled_model_gives_the_same_at_every_size(spec):
+    learned = learned_of(spec, torch.float32)
+    compiled = torch.compile(run, backend="eager", dynamic=False, fullgraph=isinstance(spec, Agent | Linear))
+    with torch.no_grad():
+        for size in ((5, 7), (8, 6)):
+            layout = layout_of(size, (3, 0))
+            inputs = [spec, *make(layout, torch.float32), call_of(layout), learned]
+            torch.testing.assert_close(compiled(*inputs), run(*inputs))
+
+
 # ------------------------------------------------------------------------------------------------------------- costs
 
 COUNTED = [case for case in CASES if isinstance(case[0], Disc | Neighbourhood | Tiles | Radial | References | Frames)]
@@ -292,134 +348,9 @@ def test_other_costs_are_counted_by_hand():
 
 @pytest.mark.parametrize("spec", [s for s in SPECS if grid_only(s)], ids=label)
 def test_costs_without_a_grid_and_of_decoding_are_refused(spec):
-    if getattr(spec, "conv", 1) and not isinstance(spec, Linear):
+    if not isinstance(spec, Linear) or spec.conv:
         with pytest.raises(ValueError, match="needs the grid"):
             operators.of(spec).prefill_cost(spec, Shape(queries=1, dim=8, causal=False), 64)
     with pytest.raises(ValueError, match="nothing is decoded"):
         operators.of(spec).decode_cost(spec, Shape(queries=1, dim=8, causal=False), 64)
     assert operators.of(spec).state_size(spec, Shape(queries=1, dim=8, causal=False), 64) == 0
-
-
-# ------------------------------------------------------------------------------------------------------------- specs
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=label)
-def test_specs_round_trip_through_plain_data(spec):
-    import json
-
-    import yaml
-
-    given = spec_to_dict(spec)
-    assert spec_from_dict(given) == spec
-    assert spec_from_dict(json.loads(json.dumps(given))) == spec
-    assert spec_from_dict(yaml.safe_load(yaml.safe_dump(given))) == spec
-    torch.nn.Module().add_module(label(spec), torch.nn.Linear(1, 1))
-    assert not set(label(spec)) & set(".,/ []()'")
-
-
-def test_labels_are_distinct_and_every_operator_has_defaults():
-    specs = list(dict.fromkeys([*SPECS, *(cls() for cls in OPERATORS.values()), Disc(radius=2.5), Span(growth=0.5)]))
-    assert len({label(spec) for spec in specs}) == len(specs)
-    assert label(Disc(radius=8.0)) == label(Disc(radius=8)) == "disc-8"
-    assert label(Neighbourhood(window=[3, 5], dilation=2)) == "neighbourhood-3x5-dilation2"
-    assert label(Timed(late=Sparse(mass=0.9))) == "timed-0p8-full-sparse-0-64-mass0p9"
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"operator": "disc", "radius": 0}, "greater than 0"),
-        ({"operator": "disc", "pool": 1}, "at least 2"),
-        ({"operator": "neighbourhood", "window": [3, 3], "stride": [1, 1, 1]}, "window has 2, stride has 3"),
-        ({"operator": "neighbourhood", "window": 3, "stride": 4}, "at most the window"),
-        ({"operator": "neighbourhood", "window": []}, "sequence of whole numbers"),
-        ({"operator": "tiles", "tile": [0, 4]}, "at least 1"),
-        ({"operator": "frames", "before": 4, "chunk": 3}, "whole chunks of 3"),
-        ({"operator": "references", "every": 0, "at": []}, "name reference frames"),
-        ({"operator": "sparse", "keep": 0}, "one of them"),
-        ({"operator": "sparse", "block": 48}, "multiple of 32"),
-        ({"operator": "sla", "mass": 1.5}, "share from 0 to 1"),
-        ({"operator": "linear", "conv": 4}, "odd"),
-        ({"operator": "linear", "feature_map": "elu"}, "known are hedgehog, elu1, softmax"),
-        ({"operator": "timed", "above": 0}, "greater than 0"),
-        ({"operator": "timed", "late": {"operator": "disk"}}, "did you mean 'disc'"),
-        ({"operator": "timed", "late": 3}, "must be an operator"),
-        ({"operator": "timed", "late": {"operator": "linear", "augment": True}}, "cannot have augment"),
-    ],
-)
-def test_bad_specs_say_what_is_wrong(given, message):
-    with pytest.raises(ValueError, match=message):
-        spec_from_dict(given)
-
-
-# ------------------------------------------------------------------------------------------------------------- calls
-
-
-@pytest.mark.parametrize("spec", [s for s in SPECS if not isinstance(s, Timed) and grid_only(s)], ids=label)
-def test_a_call_that_does_not_fit_is_refused(spec):
-    if isinstance(spec, Linear) and not spec.conv:
-        pytest.skip("reads no grid")
-    size = (3, 5, 4) if grid_axes(spec) == 3 else (5, 7)
-    layout = layout_of(size, (0, 0))
-    q, k, v = make(layout)
-    learned = learned_of(spec)
-    call = call_of(layout)
-    with pytest.raises(ValueError, match=f"{label(spec)} needs the grid"):
-        run(spec, q, k, v, dataclasses.replace(call, layout=None), learned)
-    with pytest.raises(ValueError, match="but the call has"):
-        run(spec, q, k, v, dataclasses.replace(call, layout=layout_of(size, (1, 0))), learned)
-    with pytest.raises(ValueError, match="causal"):
-        run(spec, q, k, v, dataclasses.replace(call, causal=True), learned)
-    with pytest.raises(ValueError, match="sliding window"):
-        run(spec, q, k, v, dataclasses.replace(call, limit=4), learned)
-    with pytest.raises(ValueError, match="'row'"):
-        run(spec, q, k, v, dataclasses.replace(call, layout=grid.in_tiles(layout, (2,))), learned)
-
-
-@pytest.mark.parametrize("spec", [Radial(), References(), Frames(), Tiles(tile=(4, 8, 8))], ids=label)
-def test_what_is_for_videos_refuses_images(spec):
-    layout = layout_of((5, 7), (0, 0))
-    with pytest.raises(ValueError, match="is for a video"):
-        run(spec, *make(layout), call_of(layout), None)
-
-
-def site(**settings):
-    return Site("blocks.0.attn", 0, 4, 4, 8, **({"causal": False, "axes": 2, "text": "first"} | settings))
-
-
-def test_a_site_on_a_grid_takes_grid_operators_and_says_which_instead_of_others():
-    for spec in (Window(), Span(), Hybrid(), Retention()):
-        assert "instead" in refusal(site(), spec)
-    for spec in (Full(), TopBlocks(), Linear(), Linear(conv=3), *ANY):
-        assert refusal(site(), spec) is None
-        assert refusal(site(axes=3), spec) is None
-    for spec in (Radial(), References(), Frames(), Timed(late=Radial())):
-        assert "video" in refusal(site(), spec)
-        assert refusal(site(axes=3), spec) is None
-    assert "image" in refusal(site(axes=3), Tiles(tile=(8, 8)))
-    assert "instead" in refusal(site(), Timed(late=Window()))
-
-
-def test_a_site_of_a_sequence_takes_no_grid_operator():
-    for spec in SPECS:
-        assert (refusal(site(axes=0, text=""), spec) is not None) == grid_only(spec), label(spec)
-
-
-def test_augment_serves_whole_sites_only():
-    whole, part = Linear(augment=True), Linear()
-    learned = SiteOperators(site(), [whole] * 4).learned(whole)
-    assert learned.augment_q.mlp[0].in_features == 32
-    with pytest.raises(Unsupported, match="all heads"):
-        SiteOperators(site(), [whole, part, part, part])
-
-
-def test_a_site_runs_a_plan_that_mixes_operators():
-    specs = [Disc(radius=2), Sla(keep=0.3, block=32), Timed(above=0.5, late=Agent(agents=2)), Full()]
-    layout = layout_of((5, 7), (3, 0))
-    q, k, v = make(layout, torch.float32, heads=4, kv=4)
-    mine = SiteOperators(site(), specs)
-    got = mine(q, k, v, call_of(layout))
-    for n, spec in enumerate(specs):
-        one = [x[:, n : n + 1] for x in (q, k, v)]
-        want = run(spec, *one, call_of(layout), mine.learned(spec))
-        torch.testing.assert_close(got[:, n : n + 1], want, atol=1e-5, rtol=1e-5)

@@ -26,17 +26,50 @@ TEXT = 11  # tokens of the prompt when sites are looked for: no grid of the prob
 Draw = Callable[..., Tensor]
 
 
+def _coordinates(model: Any, grid: Sequence[int], text: int, columns: int) -> dict[str, Any]:
+    """Of Flux and Flux 2: rows (0, y, x) and (0, y, x, 0). Where a model has no values these have, they are read."""
+    device = "cpu" if model.device.type == "meta" else model.device
+    ids = torch.zeros(*grid, columns, device=device)
+    ids[..., 1] = torch.arange(grid[0], device=device)[:, None]
+    ids[..., 2] = torch.arange(grid[1], device=device)
+    return {"img_ids": ids.flatten(0, 1), "txt_ids": torch.zeros(text, columns, device=device)}
+
+
+def _guidance(model: Any, batch: int, scale: float) -> dict[str, Any]:
+    return {"guidance": torch.full((batch,), scale, device=model.device)} if model.config.guidance_embeds else {}
+
+
 def _flux(model: Any, grid: Sequence[int], text: int, batch: int, draw: Draw) -> dict[str, Any]:
-    config, (height, width) = model.config, grid
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    ids = torch.stack([torch.zeros_like(y), y, x], -1).reshape(-1, 3)
     return {
-        "encoder_hidden_states": draw(batch, text, config.joint_attention_dim),
-        "pooled_projections": draw(batch, config.pooled_projection_dim),
-        # where a model has no values its inputs have none either, but coordinates are read
-        "img_ids": ids.to("cpu" if model.device.type == "meta" else model.device, torch.float32),
-        "txt_ids": torch.zeros(text, 3, device="cpu" if model.device.type == "meta" else model.device),
-        **({"guidance": torch.full((batch,), 3.5, device=model.device)} if config.guidance_embeds else {}),
+        "encoder_hidden_states": draw(batch, text, model.config.joint_attention_dim),
+        "pooled_projections": draw(batch, model.config.pooled_projection_dim),
+        **_coordinates(model, grid, text, 3),
+        **_guidance(model, batch, 3.5),
+    }
+
+
+def _flux2(model: Any, grid: Sequence[int], text: int, batch: int, draw: Draw) -> dict[str, Any]:
+    return {
+        "encoder_hidden_states": draw(batch, text, model.config.joint_attention_dim),
+        **_coordinates(model, grid, text, 4),
+        **_guidance(model, batch, 3.5),
+    }
+
+
+def _qwen(model: Any, grid: Sequence[int], text: int, batch: int, draw: Draw) -> dict[str, Any]:
+    return {
+        "encoder_hidden_states": draw(batch, text, model.config.joint_attention_dim),
+        "encoder_hidden_states_mask": torch.ones(batch, text, device=model.device, dtype=torch.bool),
+        "img_shapes": [[(1, *grid)]] * batch,
+        **_guidance(model, batch, 1.0),
+    }
+
+
+def _ltx(model: Any, grid: Sequence[int], text: int, batch: int, draw: Draw) -> dict[str, Any]:
+    return {
+        "encoder_hidden_states": draw(batch, text, model.config.caption_channels),
+        "encoder_attention_mask": torch.ones(batch, text, device=model.device, dtype=torch.int64),
+        **dict(zip(("num_frames", "height", "width"), grid, strict=True)),
     }
 
 
@@ -94,7 +127,7 @@ def _hunyuan(model: Any, grid: Sequence[int], text: int, batch: int, draw: Draw)
         "encoder_hidden_states": draw(batch, text, config.text_embed_dim),
         "encoder_attention_mask": torch.ones(batch, text, device=model.device, dtype=torch.int64),
         "pooled_projections": draw(batch, config.pooled_projection_dim),
-        **({"guidance": torch.full((batch,), 6000.0, device=model.device)} if config.guidance_embeds else {}),
+        **_guidance(model, batch, 6000.0),
     }
 
 
@@ -119,6 +152,8 @@ def _mochi(model: Any, grid: Sequence[int], text: int, batch: int, draw: Draw) -
 
 CONDITIONS: dict[str, Callable[[Any, Sequence[int], int, int, Draw], dict[str, Any]]] = {
     "FluxTransformer2DModel": _flux,
+    "Flux2Transformer2DModel": _flux2,
+    "QwenImageTransformer2DModel": _qwen,
     "SD3Transformer2DModel": _sd3,
     "PixArtTransformer2DModel": _pixart,
     "UNet2DConditionModel": _unet,
@@ -126,6 +161,7 @@ CONDITIONS: dict[str, Callable[[Any, Sequence[int], int, int, Draw], dict[str, A
     "HunyuanVideoTransformer3DModel": _hunyuan,
     "CogVideoXTransformer3DModel": _cogvideox,
     "MochiTransformer3DModel": _mochi,
+    "LTXVideoTransformer3DModel": _ltx,
 }
 
 

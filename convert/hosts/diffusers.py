@@ -112,7 +112,7 @@ def _answer(
         keep=False,
         causal=False,
         layout=site.layout(moment.grid, text) if text else layout,
-        time=_time(site, moment, q.shape[0], calls),
+        time=_time(site, moment, q, calls),
     )
     o: Tensor = operators(q, k, v, call)
     return o
@@ -136,12 +136,15 @@ def _valid(site: Site, mask: Tensor | None, moment: Moment, expected: tuple[int,
     return moment.mask[1]
 
 
-def _time(site: Site, moment: Moment, batch: int, calls: int) -> Tensor | None:
-    """The times of the samples in a call; Mochi calls its attention once for each sample."""
-    if moment.time is None or batch == moment.batch:
-        return moment.time
+def _time(site: Site, moment: Moment, q: Tensor, calls: int) -> Tensor | None:
+    """The times of the samples in q (B, …); Mochi calls its attention once for each sample."""
+    if moment.time is None:
+        return None
+    time, batch = moment.time.to(q.device), q.shape[0]
+    if batch == moment.batch:
+        return time
     if batch == 1 and calls < moment.batch:
-        return moment.time[calls : calls + 1]
+        return time[calls : calls + 1]
     raise Unsupported(f"{site.name} has a batch of {batch}, the model one of {moment.batch}")
 
 
@@ -169,6 +172,7 @@ def _processor_class(stock: type) -> type[nn.Module]:
     if not named or ("scaled_dot_product_attention" in named and known.get("F") is not F):
         raise Unsupported(f"{stock.__name__} calls neither {CALLS[0]} nor F.{CALLS[1]}: it has its own attention")
     names = {**known, "dispatch_attention_fn": dispatch_attention_fn, "F": _module_f()}
+    del names["__name__"]  # by which torch.compile would take the names of the stock module for ours, and reversely
     run = types.FunctionType(code, names, original.__name__, original.__defaults__, original.__closure__)
     run.__kwdefaults__ = original.__kwdefaults__
 
@@ -201,6 +205,7 @@ class Watch:
         self.row, self.moment, self.places = denoiser(model), moment, dict(places)
         self.processors = {name: attention.processor for name, attention in places.items()}
         self.operators = {name: processor._modules[NAME] for name, processor in self.processors.items()}
+        self.augmented = {name for name, mine in self.operators.items() if _augments(mine, "augment_q")}
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]
 
     def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -211,8 +216,8 @@ class Watch:
                     "was converted, which would run full attention there: remove the conversion, make the change, "
                     "then convert again"
                 )
-            if getattr(attention, "fused_projections", False) and _augments(self.operators[name]):
-                raise Unsupported(f"{name} has fused projections, which its operator cannot add to: unfuse them")
+            if getattr(attention, "fused_projections", False) and name in self.augmented:
+                raise Unsupported(f"{name} has fused projections, which its operator cannot stand before: unfuse them")
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         moment, latent = self.moment, given["sample" if "sample" in given else "hidden_states"]
         prompt = given.get("encoder_hidden_states")
@@ -230,13 +235,13 @@ class Watch:
         return (time / self.row.noise).expand(latent.shape[0])
 
 
-def _augments(operators: SiteOperators) -> list[nn.Module]:
-    """What was learned that adds to the inputs of queries and keys."""
-    return [x for x in operators.children() if getattr(x, "augment_q", None) or getattr(x, "augment_k", None)]
+def _augments(operators: SiteOperators, part: str) -> list[Any]:
+    """What was learned to stand before a projection, `augment_q` or `augment_k`."""
+    return [x for x in (getattr(learned, part, None) for learned in operators.children()) if x is not None]
 
 
 class Augment:
-    """Before a projection runs: adds to its input what an operator learned, as LinFusion does (Liu et al., 2024)."""
+    """Before a projection runs: what an operator learned makes its input, as in LinFusion (Liu et al., 2024)."""
 
     def __init__(self, operators: SiteOperators, part: str) -> None:
         self.operators, self.part = operators, part
@@ -244,18 +249,10 @@ class Augment:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not self.operators.active:
             return None
-        hidden = args[0]  # (B, S, C)
-        for learned in _augments(self.operators):
-            adds = getattr(learned, self.part, None)
-            if adds is None:
-                continue
-            more = adds(hidden)
-            if more.shape != hidden.shape:
-                raise Unsupported(
-                    f"{self.operators.site.name}: {self.part} makes {tuple(more.shape)} of {tuple(hidden.shape)}"
-                )
-            hidden = hidden + more
-        return (hidden, *args[1:])
+        hidden, *others = args  # (B, S, C)
+        for augment in _augments(self.operators, self.part):
+            hidden = augment(hidden)
+        return (hidden, *others)
 
 
 def convert(model: Any, plan: Mapping[Site, Sequence[Spec]]) -> Conversion:
@@ -271,31 +268,45 @@ def convert(model: Any, plan: Mapping[Site, Sequence[Spec]]) -> Conversion:
 
 def _install(model: Any, sites: Mapping[str, SiteOperators]) -> dict[str, Any]:
     places: dict[str, Any] = {name: submodule(model, name) for name in sites}
-    classes = {}
+    before = {name: getattr(attention, "processor", None) for name, attention in places.items()}
+    classes = {name: _stand_in(name, processor) for name, processor in before.items()}
+    augments = [x for name, attention in places.items() for x in _projections(name, attention, sites[name])]
+    moment = Moment()  # nothing is changed before all is known to fit
     for name, attention in places.items():
-        processor: Any = getattr(attention, "processor", None)
-        if processor is None:
-            raise Unsupported(f"{name} ({type(attention).__name__}) has no attention processor")
-        if NAME in getattr(processor, "_modules", {}):
-            raise ValueError(f"{name} is converted already: remove the first conversion")
-        if isinstance(processor, nn.Module):
-            raise Unsupported(f"the processor of {name} ({type(processor).__name__}) has weights of its own")
-        try:
-            stock: Any = type(processor)
-            classes[name] = _processor_class(stock)
-        except Unsupported as error:
-            raise Unsupported(f"{name}: {error}") from None
-    moment, hooks, before = Moment(), [], {}
-    for name, attention in places.items():
-        before[name] = attention.processor
         attention.processor = classes[name](before[name], sites[name], moment)
-        for part, projection in (("augment_q", "to_q"), ("augment_k", "to_k")):
-            if any(getattr(x, part, None) for x in sites[name].children()):
-                target: Any = getattr(attention, projection)
-                hooks.append(target.register_forward_pre_hook(Augment(sites[name], part)))
-    watch = Watch(model, places, moment)
-    hooks.append(model.register_forward_pre_hook(watch, with_kwargs=True))
+    hooks = [projection.register_forward_pre_hook(augment) for projection, augment in augments]
+    hooks.append(model.register_forward_pre_hook(Watch(model, places, moment), with_kwargs=True))
     return {"hooks": hooks, "processors": before}
+
+
+def _stand_in(name: str, processor: Any) -> type[nn.Module]:
+    """The class that takes the place of the processor of a site."""
+    if processor is None:
+        raise Unsupported(f"{name} has no attention processor that could be replaced")
+    if NAME in getattr(processor, "_modules", {}):
+        raise ValueError(f"{name} is converted already: remove the first conversion")
+    if isinstance(processor, nn.Module):
+        raise Unsupported(f"the processor of {name} ({type(processor).__name__}) has weights of its own")
+    stock: Any = type(processor)
+    try:
+        return _processor_class(stock)
+    except Unsupported as error:
+        raise Unsupported(f"{name}: {error}") from None
+
+
+def _projections(name: str, attention: Any, operators: SiteOperators) -> list[tuple[nn.Module, Augment]]:
+    """Projections of a site that something learned wants to stand before."""
+    found = []
+    for part, projection in (("augment_q", "to_q"), ("augment_k", "to_k")):
+        if not _augments(operators, part):
+            continue
+        target, site = getattr(attention, projection, None), operators.site
+        width = getattr(target, "in_features", None)
+        if target is None or width != site.heads * site.dim:
+            has = f"takes {width} channels" if target is not None else "is missing"
+            raise Unsupported(f"{name}: {part} needs a {projection} of {site.heads * site.dim} channels, and it {has}")
+        found.append((target, Augment(operators, part)))
+    return found
 
 
 def _uninstall(model: Any, sites: Mapping[str, SiteOperators], kept: dict[str, Any]) -> None:

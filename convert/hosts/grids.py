@@ -102,7 +102,10 @@ def _of_sequence(config: Any, grid: tuple[int, ...], batch: int) -> tuple[int, .
 
 
 def _coordinates(config: Any, given: Mapping[str, Any], moment: Moment) -> tuple[int, ...]:
-    """Of Flux, whose tokens come with coordinates `img_ids` (N, 3): rows (·, y, x), of any scale, y before x."""
+    """Of Flux, whose tokens come with coordinates `img_ids` (N, 3): rows (·, y, x), of any scale, y before x.
+
+    Flux 2 has rows (·, y, x, ·).
+    """
     ids = given["img_ids"]
     ids = ids[0] if ids.ndim == 3 else ids  # (N, 3)
     tokens = int(ids.shape[0])
@@ -135,10 +138,32 @@ def _coordinates(config: Any, given: Mapping[str, Any], moment: Moment) -> tuple
     return height, width
 
 
+def _shapes(config: Any, given: Mapping[str, Any], moment: Moment) -> tuple[int, ...]:
+    """Of Qwen-Image, which is told the sizes (1, h, w) of the images of each sample."""
+    shapes = given.get("img_shapes") or ()
+    images = {tuple(map(tuple, x if isinstance(x[0], tuple | list) else (x,))) for x in shapes}
+    one = images.pop() if len(images) == 1 else ()
+    if len(one) != 1 or one[0][0] != 1:
+        raise Unsupported(f"img_shapes must name one image (1, h, w) for each sample, the same for all, not {shapes}")
+    return int(one[0][1]), int(one[0][2])
+
+
+def _told(config: Any, given: Mapping[str, Any], moment: Moment) -> tuple[int, ...]:
+    """Of LTX-Video, which is told the size of its video."""
+    grid = tuple(given.get(name) for name in ("num_frames", "height", "width"))
+    if None in grid:
+        raise Unsupported(
+            "num_frames, height and width must be given beside video_coords: they say how the tokens of the video stand"
+        )
+    return tuple(int(n) for n in grid if n is not None)
+
+
 _IMAGE: dict[str, Any] = {"axes": 2, "grid": _pixels, "latent": _of_pixels}
 _VIDEO: dict[str, Any] = {"axes": 3, "grid": _frames, "latent": _of_frames}
 DENOISERS: dict[str, Denoiser] = {
     "FluxTransformer2DModel": Denoiser(axes=2, grid=_coordinates, latent=_of_sequence, text="first", noise=1.0),
+    "Flux2Transformer2DModel": Denoiser(axes=2, grid=_coordinates, latent=_of_sequence, text="first", noise=1.0),
+    "QwenImageTransformer2DModel": Denoiser(axes=2, grid=_shapes, latent=_of_sequence, text="first", noise=1.0),
     "SD3Transformer2DModel": Denoiser(**_IMAGE, text="last"),
     "PixArtTransformer2DModel": Denoiser(**_IMAGE),
     "UNet2DConditionModel": Denoiser(axes=2, grid=_latent, latent=_of_latent),
@@ -146,6 +171,7 @@ DENOISERS: dict[str, Denoiser] = {
     "HunyuanVideoTransformer3DModel": Denoiser(**_VIDEO, text="last"),
     "CogVideoXTransformer3DModel": Denoiser(axes=3, grid=_channels_late, latent=_of_channels_late, text="first"),
     "MochiTransformer3DModel": Denoiser(**_VIDEO, text="last"),
+    "LTXVideoTransformer3DModel": Denoiser(axes=3, grid=_told, latent=_of_sequence),
 }
 REFUSED = {
     "SanaTransformer2DModel": "its self-attention is linear already, there is nothing to convert",
