@@ -42,10 +42,15 @@ def agents(spec: Agent, layout: Layout, q: Tensor, call: Call) -> tuple[Tensor, 
 
 def reference(spec: Agent, q: Tensor, k: Tensor, v: Tensor, call: Call, learned: nn.Module | None = None) -> Tensor:
     """The definition, dense: q (B, H, S, D), k, v (B, Hk, S, D). → (B, H, S, D)"""
-    a, real = agents(spec, grid.layout_of(spec, k, call), q, call)
-    every = torch.ones(q.shape[0], 1, 1, 1, 1, dtype=torch.bool, device=q.device)
-    read = dense(a, k, v, call, every if call.valid is None else call.valid[:, None, None, None])
-    return dense(q, a, read, call, every if real is None else real[:, None, None, None])
+    layout = grid.layout_of(spec, k, call)
+    a, _ = agents(spec, layout, q, call)
+    real = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device) if call.valid is None else call.valid
+    agent = torch.ones(a.shape[0], a.shape[2], dtype=torch.bool, device=q.device)
+    for n in range(layout.text):
+        place = n if n < layout.text_first else n + math.prod(layout.grid)
+        agent[:, a.shape[2] - layout.text + n] = real[:, place]
+    read = dense(a, k, v, call, real[:, None, None, None])
+    return dense(q, a, read, call, agent[:, None, None, None])
 
 
 def attend(

@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from attnconvert.kernels import dispatch, grid_masks, operators, sparse
+from attnconvert.kernels import dispatch, grid, grid_masks, operators, sparse
 from attnconvert.kernels.call import Call, Shape
 from attnconvert.kernels.masks import Layout
 from attnconvert.kernels.spec import (
@@ -88,7 +89,7 @@ def call_of(layout, padded=False, dim=DIM, **more):
         valid[0, layout.tokens - 2 :] &= not layout.text_last
         valid[0, 1 : layout.text_first] = False
     time = torch.tensor([0.9, 0.1])
-    return Call(scale=dim**-0.5, causal=False, layout=layout, valid=valid, **{"time": time, **more})
+    return Call(scale=dim**-0.5, causal=False, layout=layout, **{"time": time, "valid": valid, **more})
 
 
 def run(spec, q, k, v, call, learned):
@@ -138,6 +139,24 @@ def test_bf16_stays_bf16_and_close(spec):
     if getattr(spec, "keep", 1) and not isinstance(spec, Timed):  # rounding may choose another block
         want = operators.of(spec).reference(spec, *[x.double() for x in inputs], call, exact)
         torch.testing.assert_close(got.double(), want, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("spec", [Disc(radius=3), Sparse(keep=0.3, block=32), Sla(keep=0.2, block=32)], ids=label)
+def test_tokens_of_the_grid_may_be_padding_too(spec):
+    layout, learned = layout_of((11, 13), (3, 0)), learned_of(spec)
+    q, k, v = make(layout)
+    call = call_of(layout, valid=torch.arange(layout.tokens).expand(BATCH, -1) % 5 != 4)
+    want = operators.of(spec).reference(spec, q, k, v, call, learned)
+    torch.testing.assert_close(run(spec, q, k, v, call, learned), want, atol=1e-10, rtol=1e-10)
+
+
+def test_averages_are_those_of_adaptive_pooling():
+    image, video = torch.randn(2, 3, 11, 13, 4).double(), torch.randn(2, 3, 5, 7, 6, 4).double()
+    for x, cells, pool in ((image, (4, 5), F.adaptive_avg_pool2d), (video, (2, 3, 4), F.adaptive_avg_pool3d)):
+        want = pool(x.movedim(-1, 2).flatten(0, 2)[:, None], cells).unflatten(0, (2, 3, 4))[:, :, :, 0].movedim(2, -1)
+        torch.testing.assert_close(grid.averaged(x, cells), want)
+    frames = torch.stack([grid.averaged(video[:, :, t], (3, 4)) for t in range(5)], 2)
+    torch.testing.assert_close(grid.averaged(video, (3, 4)), frames)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=named)
@@ -279,6 +298,9 @@ def test_timed_takes_each_sample_by_its_own_time():
     ):
         got = run(spec, q, k, v, call_of(layout, time=torch.tensor(times)), None)
         torch.testing.assert_close(got, torch.stack(want), atol=1e-12, rtol=1e-12)
+    three = [torch.cat([x, x[:1]]) for x in (q, k, v)]  # an order that is not its own inverse
+    got = run(spec, *three, call_of(layout, time=torch.tensor([0.1, 0.9, 0.9])), None)
+    torch.testing.assert_close(got, torch.stack([disc[0], full[1], full[0]]), atol=1e-12, rtol=1e-12)
     with pytest.raises(ValueError, match="needs the time"):
         run(spec, q, k, v, call_of(layout, time=None), None)
     with pytest.raises(ValueError, match="one for each sample"):
