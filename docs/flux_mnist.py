@@ -88,8 +88,8 @@ def train(data: tuple[Tensor, Tensor], out: Path, settings: Settings, track: Tra
     write_json(begun, asdict(settings))
     order = torch.randperm(len(data[0]), generator=rng("flux-mnist", settings.seed, "images"))[: settings.images]
     images, classes = data[0][order], data[1][order]
-    if not (out / "digit_classifier.safetensors").exists():
-        train_judge(images, classes, out / "digit_classifier.safetensors", settings, track)
+    if not (out / "classifier.safetensors").exists():
+        train_judge(images, classes, out / "classifier.safetensors", settings, track)
     train_model(images, classes, out, settings, track)
 
 

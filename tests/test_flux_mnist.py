@@ -97,7 +97,7 @@ def test_training_continues_where_it_was_killed_and_writes_a_folder_that_loads(
     assert not (tmp_path / "parts" / "conditions.safetensors").exists()
     flux_mnist.train(data, tmp_path / "parts", settings, silent)
 
-    for name in ("conditions", "digit_classifier", "diffusion_pytorch_model"):
+    for name in ("conditions", "classifier", "diffusion_pytorch_model"):
         whole, parts = ((tmp_path / x / f"{name}.safetensors").read_bytes() for x in ("whole", "parts"))
         assert whole == parts, name
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
@@ -107,7 +107,7 @@ def test_training_continues_where_it_was_killed_and_writes_a_folder_that_loads(
     mine = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert {k: v for k, v in mine.items() if k[0] != "_"} == {k: v for k, v in shipped.items() if k[0] != "_"}
     assert sum(p.numel() for p in model.parameters()) > 2e6
-    found, _ = metrics.load_classifier(tmp_path / "whole" / "digit_classifier.safetensors").judge(data[0])
+    found, _ = metrics.load_classifier(tmp_path / "whole" / "classifier.safetensors").judge(data[0])
     assert float((found == data[1]).float().mean()) > 0.9
     with pytest.raises(UsageError, match="begun with other settings"):
         flux_mnist.train(data, tmp_path / "whole", flux_mnist.Settings(steps=5), silent)

@@ -110,7 +110,7 @@ def drawn(teacher: Any) -> tuple[Tensor, Tensor]:
 
 
 def test_the_shipped_model_draws_the_digits_that_are_asked_for(drawn: tuple[Tensor, Tensor]) -> None:
-    judge = metrics.load_classifier(ASSET / "digit_classifier.safetensors")
+    judge = metrics.load_classifier(ASSET / "classifier.safetensors")
     found, features = judge.judge(drawn[0])
     assert int((found == drawn[1]).sum()) >= 19
     assert features.shape == (20, 16)
@@ -119,7 +119,7 @@ def test_the_shipped_model_draws_the_digits_that_are_asked_for(drawn: tuple[Tens
 
 
 def test_perceptual_distance_grows_with_the_damage(drawn: tuple[Tensor, Tensor]) -> None:
-    judge, x = metrics.load_classifier(ASSET / "digit_classifier.safetensors"), drawn[0]
+    judge, x = metrics.load_classifier(ASSET / "classifier.safetensors"), drawn[0]
     noised = [x + strength * pair(*x.shape)[0] for strength in (0.0, 0.05, 0.2, 0.8)]
     distances = [metrics.perceptual(judge, other, x) for other in noised]
     assert distances[0].tolist() == [0.0] * 20

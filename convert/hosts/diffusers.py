@@ -232,7 +232,8 @@ class Watch:
             return None
         time = torch.as_tensor(timestep, device=latent.device).to(torch.float32)
         time = time.flatten(1).amax(1) if time.ndim > 1 else time.reshape(-1)  # tokens that are given have no noise
-        return (time / self.row.noise).expand(latent.shape[0])
+        time = (time - self.row.data) / (self.row.noise - self.row.data)
+        return time.expand(latent.shape[0])
 
 
 def _augments(operators: SiteOperators, part: str) -> list[Any]:

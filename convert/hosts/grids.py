@@ -22,13 +22,14 @@ class Denoiser:
 
     `grid` reads the grid of image or video tokens, in row-major order, out of the model's config and the arguments of a
     call; `latent` has the shape of the latent of a grid and a batch. The prompt's tokens stand `first` or `last` where
-    they take part in self-attention. `noise` is the timestep of pure noise.
+    they take part in self-attention. `data` and `noise` are the timesteps of pure data and of pure noise.
     """
 
     axes: int
     grid: Callable[[Any, Mapping[str, Any], Moment], tuple[int, ...]]
     latent: Callable[[Any, tuple[int, ...], int], tuple[int, ...]]
     text: str = ""
+    data: float = 0.0
     noise: float = 1000.0
 
 
@@ -160,17 +161,20 @@ def _told(config: Any, given: Mapping[str, Any], moment: Moment) -> tuple[int, .
 
 _IMAGE: dict[str, Any] = {"axes": 2, "grid": _pixels, "latent": _of_pixels}
 _VIDEO: dict[str, Any] = {"axes": 3, "grid": _frames, "latent": _of_frames}
+_STEPS: dict[str, Any] = {"data": -1.0, "noise": 999.0}  # of a thousand trained steps, counted from 0
 DENOISERS: dict[str, Denoiser] = {
     "FluxTransformer2DModel": Denoiser(axes=2, grid=_coordinates, latent=_of_sequence, text="first", noise=1.0),
     "Flux2Transformer2DModel": Denoiser(axes=2, grid=_coordinates, latent=_of_sequence, text="first", noise=1.0),
     "QwenImageTransformer2DModel": Denoiser(axes=2, grid=_shapes, latent=_of_sequence, text="first", noise=1.0),
     "SD3Transformer2DModel": Denoiser(**_IMAGE, text="last"),
-    "PixArtTransformer2DModel": Denoiser(**_IMAGE),
-    "UNet2DConditionModel": Denoiser(axes=2, grid=_latent, latent=_of_latent),
+    "PixArtTransformer2DModel": Denoiser(**_IMAGE, **_STEPS),
+    "UNet2DConditionModel": Denoiser(axes=2, grid=_latent, latent=_of_latent, **_STEPS),
     "WanTransformer3DModel": Denoiser(**_VIDEO),
     "HunyuanVideoTransformer3DModel": Denoiser(**_VIDEO, text="last"),
-    "CogVideoXTransformer3DModel": Denoiser(axes=3, grid=_channels_late, latent=_of_channels_late, text="first"),
-    "MochiTransformer3DModel": Denoiser(**_VIDEO, text="last"),
+    "CogVideoXTransformer3DModel": Denoiser(
+        axes=3, grid=_channels_late, latent=_of_channels_late, text="first", **_STEPS
+    ),
+    "MochiTransformer3DModel": Denoiser(**_VIDEO, text="last", data=1000.0, noise=0.0),  # its time runs the other way
     "LTXVideoTransformer3DModel": Denoiser(axes=3, grid=_told, latent=_of_sequence),
 }
 REFUSED = {
