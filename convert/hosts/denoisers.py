@@ -185,8 +185,8 @@ def dummy_inputs(
 
     given = CONDITIONS[name](model, grid, prompt_length(model) if text is None else text, batch, draw)
     latent = draw(*latent_shape(model, grid, batch))
-    time = torch.linspace(0.7, 0.4, batch, device=model.device) * row.noise
-    whole = row.noise > 1  # of 1000 steps
+    time = row.data + torch.linspace(0.7, 0.4, batch, device=model.device) * (row.noise - row.data)
+    whole = max(row.noise, row.data) > 1  # of 1000 steps
     key = "sample" if name == "UNet2DConditionModel" else "hidden_states"
     return {key: latent, "timestep": time.round() if whole else time, **given, "return_dict": False}
 
