@@ -18,15 +18,18 @@ READY := $(VENV)/.ready
 SOURCES := $(VENV)/sources
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow check format bench study lengths gpu clean distclean
+.PHONY: help setup demo demo-diffusion test slow check format bench study lengths images gpu clean distclean
 
 help:  ## say what there is
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 setup: $(READY)  ## install everything into .venv
 
 demo: $(READY)  ## convert SmolLM2-135M-Instruct and show what was gained and lost (runs/demo)
 	$(BIN)/attnconvert run smollm2-135m-mixed --out runs/demo $(ARGS)
+
+demo-diffusion: $(READY)  ## convert a tiny trained FLUX and show what was gained and lost (runs/demo-diffusion)
+	$(BIN)/attnconvert run flux-mnist-local --out runs/demo-diffusion $(ARGS)
 
 test: $(READY)  ## run the tests
 	@$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
@@ -51,6 +54,9 @@ study: $(READY)  ## measure every way of choosing what to replace (docs/selectio
 
 lengths: $(READY)  ## measure what a plan loses with each operator at longer texts; a quarter of an hour
 	$(BIN)/python docs/benchmarks/lengths.py $(ARGS)
+
+images: $(READY)  ## measure what image models keep and gain (docs/images.md); over an hour
+	$(BIN)/python docs/benchmarks/images.py $(ARGS)
 
 # Where PYTHON is named it needs no more than torch with Triton: nothing is set up, the package comes from here.
 gpu:  ## check and measure the kernels on the GPU, in under 10 minutes

@@ -10,7 +10,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "selection.md"
-MARKS = "<!-- {}: made by make study -->", "<!-- end -->"
+MARKS = "<!-- {}: made by make {} -->", "<!-- end -->"
 
 
 def write(models: Mapping[str, Mapping[str, Any]], page: Path = PAGE) -> None:
@@ -26,9 +26,10 @@ def write_lengths(document: Mapping[str, Any], page: Path = PAGE) -> None:
     fill(page, "lengths", lengths(document))
 
 
-def fill(page: Path, name: str, lines: list[str]) -> None:
+def fill(page: Path, name: str, lines: list[str], target: str = "study") -> None:
+    """Puts lines between the marks of a page that name them and the make target that made them."""
     text = page.read_text(encoding="utf-8")
-    begin, end = MARKS[0].format(name), MARKS[1]
+    begin, end = MARKS[0].format(name, target), MARKS[1]
     before, found, rest = text.partition(begin)
     if not found:
         raise SystemExit(f"{page} has no mark {begin!r}")
