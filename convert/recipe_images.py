@@ -34,6 +34,8 @@ from .recipe_schema import (
 
 Side = Annotated[int, Field(strict=True, ge=2)]
 Sizes = tuple[Side, ...]
+Precision = Literal["auto", "float32", "bfloat16"]
+AUTO = "auto: bfloat16 where this machine has instructions for it"
 
 
 class ImageSettings(Section):
@@ -110,6 +112,7 @@ class ImageSamples(Section):
     )
     batch: Count = Field(default=16, description="samples generated together")
     shard: Count = Field(default=64, description="samples per file; a finished file is never made again")
+    precision: Precision = Field(default="auto", description=f"number type of the computation; {AUTO}")
     seed: Whole = Field(default=0, description="random seed")
 
 
@@ -146,10 +149,8 @@ class ImageTraining(Section):
     distribution: AtLeastZero = Field(
         default=0.0, description="weight of LinVideo's any-time distribution matching, on the student's own states"
     )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto",
-        description="number type of the computation; weights stay as they are. auto: bfloat16 where this machine has "
-        "instructions for it",
+    precision: Precision = Field(
+        default="auto", description=f"number type of the computation, weights stay as they are; {AUTO}"
     )
     checkpoint_every: Count = Field(default=50, description="steps between checkpoints")
     gradient_checkpointing: Flag = Field(default=False, description="recompute activations instead of keeping them")

@@ -20,7 +20,7 @@ from ..convert.hosts.sites import Site, all_full
 from ..convert.hosts.surgery import converted
 from ..convert.sampling import Drawn
 from ..convert.states import Caller
-from .images import Images
+from .images import Images, computing_in
 from .samples import shard_path
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ def sample_images(images: Images, sites: Sequence[Site], settings: ImageSamples,
             numbers = range(shard * settings.shard, min((shard + 1) * settings.shard, settings.count))
             title = f"sampling, shard {shard + 1} of {shards}"
             whole = settings.keep == "trajectory"
-            drawn = images.draw(images.model, numbers, settings.seed, settings.batch, title, trajectory=whole)
+            with computing_in(settings.precision, images.model.device):
+                drawn = images.draw(images.model, numbers, settings.seed, settings.batch, title, trajectory=whole)
             _write(path, drawn, images.entries(numbers))
 
 

@@ -20,12 +20,11 @@ from ..convert.errors import UsageError
 from ..convert.files import replacing
 from ..convert.hosts.sites import Conversion, Site, SiteOperators, submodule
 from ..convert.hosts.surgery import converted, frozen
-from ..convert.machine import number_type
 from ..convert.seeds import rng
 from ..kernels.call import Call
 from ..kernels.spec import Full, Spec
 from .image_samples import Kept, KeptStates
-from .images import Images
+from .images import Images, computing_in
 from .loop import ADAPTER, OPERATORS, PROJECTIONS, Trainer, forget_adapters, replacing_folder, transfer
 from .objectives import hidden_error, matching
 
@@ -88,17 +87,16 @@ def _train(
         )
         losses = _Losses(images, conversion, kept, settings, teacher, seed)
 
-        precision = number_type() if settings.precision == "auto" else settings.precision
-
         def step(rows: Tensor) -> dict[str, float]:
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            with computing_in(settings.precision, model.device):
                 parts = losses(rows, trainer.at)
             total = torch.stack([getattr(settings, name) * value for name, value in parts.items()]).sum()
             total.backward()
             return {"loss": total.item(), **{name: value.item() for name, value in parts.items()}}
 
         with _checkpointing(model, settings.gradient_checkpointing):
-            trainer.run(step, torch.arange(len(kept)), settings.batch, seed, images.track)
+            count = len(kept) if settings.states == "trajectory" else len(kept.x)
+            trainer.run(step, torch.arange(count), settings.batch, seed, images.track)
         for p in learned.values():
             p.requires_grad_(False)
 

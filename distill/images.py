@@ -16,6 +16,7 @@ from ..convert.hosts.denoising import Calling, latent_shape
 from ..convert.hosts.sites import Site, SiteOperators, all_full
 from ..convert.hosts.surgery import converted
 from ..convert.image_metrics import Classifier, load_classifier
+from ..convert.machine import number_type
 from ..convert.processes import Process
 from ..convert.sampling import Denoise, Drawn, Sampler, State, noise, sample
 from ..convert.seeds import rng
@@ -150,3 +151,9 @@ def joined(parts: Sequence[Drawn]) -> Drawn:
             )
         )
     return Drawn(torch.cat([part.x for part in parts]), tuple(states))
+
+
+def computing_in(precision: str, device: torch.device) -> torch.autocast:
+    """Inside, matrix products run in this number type: a recipe's `auto`, `float32` or `bfloat16`."""
+    wanted = number_type() if precision == "auto" else precision
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted == "bfloat16")
