@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 KIB = 1024.0
+LOOKS: Mapping[str, Mapping[str, Any]] = {
+    "teacher": {"color": MUTED, "linewidth": 3.2, "marker": "s", "markersize": 8, "alpha": 0.55},
+    "student": {"color": ARM_COLOURS[0], "linewidth": 1.6, "marker": "o", "markersize": 4.5},
+}
 
 
 def steps(entries: Sequence[Mapping[str, Any]], crossing: int | None) -> Plot | None:
@@ -31,9 +35,8 @@ def steps(entries: Sequence[Mapping[str, Any]], crossing: int | None) -> Plot | 
     with style() as new:
         figure = new(3.9 * len(panels), 3.3)
         for axis, (field, label, unit) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            for arm, colour, marker in (("teacher", MUTED, "s"), ("student", ARM_COLOURS[0], "o")):
-                y = [dig(entry, arm, field) / unit for entry in entries]
-                axis.plot(x, y, color=colour, marker=marker, markersize=5, label=arm)
+            for arm, look in LOOKS.items():  # the teacher's line shows on both sides of the student's where they agree
+                axis.plot(x, [dig(entry, arm, field) / unit for entry in entries], label=arm, **look)
             if crossing is not None and field == "step_s":
                 axis.axvline(crossing, color=MUTED, linestyle=":", linewidth=1.2)
             _logarithmic(axis, x)
@@ -62,6 +65,8 @@ def _logarithmic(axis: Axes, x: Sequence[int]) -> None:
     axis.set_xticks(x, [f"{n:,}" for n in x], rotation=30 if len(x) > 5 else 0)
     axis.xaxis.set_minor_locator(NullLocator())
     low, high = axis.get_ylim()
+    low, high = low / 1.25, high * 1.25
+    axis.set_ylim(low, high)
     axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,), numticks=9))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())

@@ -79,8 +79,8 @@ def _maps(run: Artefacts, bands: Sequence[str], table: str, name: str, pictures:
     low = max(min(known), high / 1000) if log else 0.0
     kind = "wide" if len(sites) > WIDE else "thirds" if len(sites) <= THIRDS else ""
     width = 330.0 if kind == "thirds" else 0.0
-    what = f"{name}: output error" if log else "Blocks for 90 % of the attention"
-    words = "relative, log scale" if log else "1 is every block"
+    what = f"{name}: output error" if log else "Blocks for 90 %"
+    words = "log scale" if log else "1 is every block"
     colour = ERROR if log else DENSITY
     drawn = []
     for band, values in tables.items():

@@ -234,6 +234,7 @@ figcaption {{ margin-top: 8px; }}
 figure img {{ display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: 6px; }}
 .maps h3 {{ margin: 16px 0 2px; }}
 .maps figure {{ margin: 8px 0 14px; }}
+.scroll + .note {{ margin-top: 10px; }}
 .conclusions {{ margin: 16px 0 4px; padding-left: 20px; max-width: 92ch; }}
 .conclusions li {{ margin-bottom: 6px; }}
 .facts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 6px 24px;

@@ -63,7 +63,7 @@ def gains(evaluation: Mapping[str, Any], student: Mapping[str, Any]) -> list[str
         if all(held):
             share = held[1] / held[0]
             change = " → ".join(size(value) for value in held)
-            tiles.append(tile("Peak memory of a step", ratio(share), change, where, bad=share > 1.005))
+            tiles.append(tile("Peak memory", ratio(share), change, where, bad=share > 1.005))
     if student.get("flops_ratio") is not None:
         value = student["flops_ratio"]
         at = f"at {times('x'.join(map(str, dig(evaluation, 'data', 'size', default=[]))))}"
@@ -83,7 +83,7 @@ def losses(evaluation: Mapping[str, Any], student: Mapping[str, Any]) -> list[st
     tiles = []
     if "velocity_error" in quality:
         states = f"{number(quality.get('states'))} held-out states"
-        tiles.append(tile("Velocity error", number(quality["velocity_error"]), "of the teacher's, squared", states))
+        tiles.append(tile("Velocity error", number(quality["velocity_error"]), "squared, relative", states))
     if "psnr" in quality:
         ssim = f"SSIM {number(quality['ssim'])}" if "ssim" in quality else ""
         tiles.append(tile("PSNR", f"{number(quality['psnr'])} dB", ssim, "to the teacher's images"))
@@ -146,7 +146,7 @@ def comparison_section(run: Artefacts, pictures: Pictures) -> str:
         if plot:
             pictures |= {f"{name}.svg": plot.svg, f"{name}.png": plot.png}
             drawn.append(f"<div>{figure(plot.inline, caption)}</div>")
-    plots = f'<div class="maps">{"".join(drawn)}</div>' if drawn else ""
+    plots = f'<h3>By part of the steps, and against work</h3><div class="maps">{"".join(drawn)}</div>' if drawn else ""
     states = number(next((dig(arm, "quality", "states") for arm in arms.values()), None))
     note = (
         f"All arms predict at the same {states} held-out states of the teacher's trajectories and start "
@@ -354,7 +354,7 @@ def speed_section(run: Artefacts, pictures: Pictures) -> str:
         memory = ratio(held[1] / held[0]) if all(held) else NONE
         cells = [times(name), tokens(entry["tokens"]), *map(duration, took), shown, *map(size, held), memory]
         rows.append(cells)
-    head = ["Size", "Image tokens", "Teacher", "Student", "Speed", "Teacher", "Student", "Peak memory"]
+    head = ["Size", "Image tokens", "Step, teacher", "student", "Speed", "Peak memory, teacher", "student", "Ratio"]
     verdict = warning(run.evaluation)
     if not verdict and told:
         verdict = f'<p class="verdict good"><span><b>{escape(times(told[:1].upper() + told[1:]))}.</b></span></p>'

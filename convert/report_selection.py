@@ -111,7 +111,8 @@ def _front(run: Artefacts, pictures: Pictures) -> str:
         f"line is the least that any plan can have. {heads.capitalize()} act together, so that a whole plan may lose "
         "more or less than the sum: a hollow star is that, measured."
     )
-    out = [f"{NAMES.get(name, name)} ({why})" for name, why in found.get("left_out", {}).items()]
+    left = {name: why for name, why in found.get("left_out", {}).items() if name not in run.words.foreign}
+    out = [f"{NAMES.get(name, name)} ({why})" for name, why in left.items()]
     missing = f'<p class="note">Not shown: {escape("; ".join(out))}.</p>' if out else ""
     return figure(plot.inline, caption) + _front_table(found, what, NAMES) + missing
 
@@ -160,7 +161,8 @@ def _refinement(run: Artefacts, pictures: Pictures) -> str:
         for line in lines:
             cells = [number(line.get(key)) for key in columns]
             verdict = "better" if line.get("kept") else ""
-            rows.append([f"{line.get('round')}: {escape(str(line.get('scores')))}", *cells, verdict])
+            plan = str(line.get("scores")).replace("KL", run.words.loss)
+            rows.append([f"{line.get('round')}: {escape(plan)}", *cells, verdict])
     further = ["KL", "Needle loss"] if run.words.needles else []
     head = ["Round: plan", "Loss, predicted", "Loss, measured", *further, ""]
     caption = (

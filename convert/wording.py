@@ -13,7 +13,7 @@ class Wording:
 
     `loss` is what damage "kl" is, `unit` what follows it at an axis and `explained` says it in full; `first_order` is
     that of the first-order effect. `group` is the smallest part that is converted, `tokens` what lengths count, and
-    `needles` whether there is retrieval to lose.
+    `needles` whether there is retrieval to lose. Methods that do not apply are `foreign`.
     """
 
     loss: str
@@ -23,11 +23,7 @@ class Wording:
     group: str
     tokens: str
     needles: bool
-
-    @property
-    def judged(self) -> str:
-        """The loss that plans are chosen by."""
-        return "KL + needle loss" if self.needles else self.loss
+    foreign: tuple[str, ...] = ()
 
 
 TEXT = Wording(
@@ -47,6 +43,7 @@ IMAGES = Wording(
     group="head",
     tokens="image tokens",
     needles=False,
+    foreign=("moa",),  # it counts distances in a text
 )
 
 
