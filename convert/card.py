@@ -15,7 +15,7 @@ from .report_comparison import encodes
 from .report_html import NONE, duration, number, percent, ratio, size, tokens
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from .recipe import AnyRecipe, Recipe
 
 LOAD = """\
 ## Use
@@ -76,13 +76,13 @@ def model_card(
     auto = loader(base_class)
     generates = auto == "AutoModelForCausalLM"
     parts = [
-        _front_matter(recipe, auto, evaluation),
-        _what(recipe, manifest, base_class, evaluation),
+        front_matter(recipe, "transformers", PIPELINES[auto], evaluation),
+        what(recipe, manifest, base_class, evaluation),
         LOAD.format(auto=auto, use=GENERATE if generates else ENCODE),
         _measured(evaluation),
-        _gates(evaluation),
+        gates(evaluation),
         LIMITS.format(cache=CACHE if generates else ""),
-        _made(recipe, manifest),
+        made(recipe, manifest),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -177,19 +177,21 @@ PIPELINES = {
 }
 
 
-def _front_matter(recipe: Recipe, auto: str, evaluation: Mapping[str, Any] | None) -> str:
+def front_matter(recipe: AnyRecipe, library: str, task: str, evaluation: Mapping[str, Any] | None) -> str:
+    """What the hub reads."""
     operators = {name.partition("-")[0] for name in dig(evaluation, "arms", "student", "operators", default={})}
     words = {"window": "sliding-window", "linear": "linear-attention", "hybrid": "hybrid-attention"}
     head: dict[str, Any] = {"base_model": recipe.model.hub} if recipe.model.hub else {}
     head |= {
-        "library_name": "transformers",
-        "pipeline_tag": PIPELINES[auto],
+        "library_name": library,
+        "pipeline_tag": task,
         "tags": ["attnconvert", *(words.get(name, name) for name in sorted(operators - {"full"}))],
     }
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
 
 
-def _what(recipe: Recipe, manifest: Mapping[str, Any], base: str, evaluation: Mapping[str, Any] | None) -> str:
+def what(recipe: AnyRecipe, manifest: Mapping[str, Any], base: str, evaluation: Mapping[str, Any] | None) -> str:
+    """The title, and which operators the model has."""
     model = dig(manifest, "model", "name", default="the model")
     origin = f"[{model}](https://huggingface.co/{model})" if recipe.model.hub else model
     version = dig(manifest, "versions", "attnconvert", default="")
@@ -210,7 +212,7 @@ def _what(recipe: Recipe, manifest: Mapping[str, Any], base: str, evaluation: Ma
     return "\n".join(lines) + "\n\nThe block `attnconvert` of `config.json` says which KV group has which.\n"
 
 
-def _specs(recipe: Recipe) -> Iterator[Spec]:
+def _specs(recipe: AnyRecipe) -> Iterator[Spec]:
     yield from recipe.profile.candidates
     for select in (recipe.select, *(arm.select for arm in recipe.compare)):
         yield from (select.explicit or {}).values()
@@ -246,18 +248,20 @@ def _measured(evaluation: Mapping[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def _gates(evaluation: Mapping[str, Any] | None) -> str:
-    gates = dig(evaluation, "gates", default=[])
-    if not gates:
+def gates(evaluation: Mapping[str, Any] | None) -> str:
+    """The bounds of the recipe, and what was reached."""
+    found = dig(evaluation, "gates", default=[])
+    if not found:
         return ""
     lines = ["## Gates", "", "| gate | bound of the recipe | reached | |", "|---|---:|---:|---|"]
-    for gate in gates:
+    for gate in found:
         verdict = "passed" if gate["passed"] else "**missed**"
         lines.append(f"| {gate['name']} | {gate['limit']:g} | {number(gate['value'])} | {verdict} |")
     return "\n".join(lines) + "\n"
 
 
-def _made(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
+def made(recipe: AnyRecipe, manifest: Mapping[str, Any]) -> str:
+    """The recipe, the weights that it began with, and the versions."""
     versions = ", ".join(f"{name} {value}" for name, value in dig(manifest, "versions", default={}).items() if value)
     hashes = dig(manifest, "model", "sha256", default={})
     lines = ["## How it was made", "", "`attnconvert run recipe.yaml`, with every default filled in:", "", "```yaml"]
@@ -268,10 +272,15 @@ def _made(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"- versions: {versions}", ""])
 
 
-def _without_paths(recipe: Recipe) -> Recipe:
+def _without_paths(recipe: AnyRecipe) -> AnyRecipe:
     """Local paths cut to their last part: a published card tells nobody how a home directory is laid out."""
     model = recipe.model
     cut = {name: Path(path.name) for name in ("folder", "gguf") if (path := getattr(model, name)) is not None}
+    if recipe.kind == "images":
+        given = {name: getattr(recipe.images, name) for name in ("conditions", "prompts", "classifier")}
+        named = {name: Path(path.name) for name, path in given.items() if path is not None}
+        images = recipe.images.model_copy(update=named)
+        return recipe.model_copy(update={"model": model.model_copy(update=cut), "images": images})
     text = recipe.text
     sides = {
         name: side.model_copy(update={"files": tuple(_shortened(file) for file in side.files)})
