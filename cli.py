@@ -417,11 +417,12 @@ def inspect(
     [dim]Example:[/dim] attnconvert inspect runs/demo/export
     """
     from .convert import inspection, tables
+    from .convert.checkpoints import is_exported
 
     terminal = Terminal(as_json=as_json, verbose=verbose, quiet=quiet)
     folder = Path(target)
     is_run = (folder / "recipe.yaml").is_file()
-    if not is_run and not inspection.is_exported(folder):
+    if not is_run and not is_exported(folder):
         from .convert.sources import parse_model_argument
 
         found = inspection.describe_model(parse_model_argument(target), terminal.track)

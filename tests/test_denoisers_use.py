@@ -14,11 +14,11 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import attnconvert
-from attnconvert.convert.hosts import diffusers as host
 from attnconvert.convert.hosts.denoisers import (
     dummy_inputs,
     find_sites,
 )
+from attnconvert.convert.hosts.registration_images import converted_class
 from attnconvert.convert.hosts.sites import Unsupported, all_full, plan_block
 from attnconvert.convert.hosts.surgery import convert, converted
 from attnconvert.kernels.spec import Linear
@@ -230,7 +230,7 @@ def test_a_plan_of_another_model_is_refused() -> None:
 def test_a_saved_conversion_loads_as_it_was_and_as_nothing_else(name, tmp_path) -> None:
     model = tiny(name)
     sites = find_sites(model)
-    cls = host.converted_model(type(model))
+    cls = converted_class(f"Converted{name}")
     config = {**model.config, "attnconvert": plan_block(name, everything(sites, Linear()))}
     first = cls.from_config(config).eval()
     assert all(
@@ -289,7 +289,7 @@ def test_a_pipeline_finds_the_class_of_a_converted_denoiser_in_the_package(tmp_p
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     diffusers.FluxPipeline(**parts, scheduler=scheduler, transformer=student).save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["transformer"] == ["attnconvert", f"Converted{name}"]
+    assert index["transformer"][1] == f"Converted{name}"
     loaded = diffusers.FluxPipeline.from_pretrained(tmp_path, **parts).transformer
     assert type(loaded) is cls
     inputs = dummy_inputs(model, (4, 6))

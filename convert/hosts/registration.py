@@ -5,7 +5,6 @@ This file is read while transformers itself is being imported, so it touches as 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -56,26 +55,3 @@ class ConvertedConfig(PreTrainedConfig):
 def register(configuration_auto: Any) -> None:
     """Teach AutoConfig the model type; `configuration_auto` is the module that defines it."""
     configuration_auto.AutoConfig.register(ConvertedConfig.model_type, ConvertedConfig, exist_ok=True)
-
-
-@functools.cache
-def converted_denoiser(name: str) -> Any:
-    """The class of a converted denoiser by its name, such as ConvertedFluxTransformer2DModel.
-
-    A pipeline whose model_index.json says ["attnconvert", "Converted…"] asks the package for it, and for the class
-    `ModelMixin` by which it knows how to load it.
-
-    Raises:
-        AttributeError: there is no such class.
-    """
-    import diffusers
-
-    from .diffusers import converted_model
-    from .grids import DENOISERS
-
-    base = name.removeprefix("Converted")
-    if name == "ModelMixin":
-        return diffusers.ModelMixin
-    if base not in DENOISERS:
-        raise AttributeError(f"module 'attnconvert' has no attribute {name!r}")
-    return converted_model(getattr(diffusers, base))
