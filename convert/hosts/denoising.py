@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..processes import TRAINED
+from .grids import denoiser
 from .sites import Unsupported
 
 PATCH = 2  # of FLUX, whose tokens are packed outside of the model
@@ -232,6 +233,27 @@ def latent_shape(model: Any, size: Sequence[int]) -> tuple[int, ...]:
         wanted = "(height, width)" if axes == 2 else "(frames, height, width)"
         raise UsageError(f"latents of a {type(inner(model)).__name__} are {wanted}, not {tuple(size)}")
     return channels(model), *size
+
+
+def token_grid(model: Any, size: Sequence[int]) -> tuple[int, ...]:
+    """(H, W) or (T, H, W) of the model's tokens for latents of `size`.
+
+    Raises:
+        UsageError: the size has the wrong number of axes, or does not divide into patches.
+    """
+    axes = len(latent_shape(model, size)) - 1
+    patch = (PATCH,) * axes if form_of(model).packed > 1 else tuple(_patch(inner(model), n, axes) for n in range(axes))
+    if any(n % p for n, p in zip(size, patch, strict=True)):
+        raise UsageError(f"latents of {tuple(size)} do not divide into patches of {patch}: give other sizes")
+    return tuple(n // p for n, p in zip(size, patch, strict=True))
+
+
+def _patch(model: Any, axis: int, axes: int) -> int:
+    """Latents along one axis that make a token: how much the latent grows with a token more."""
+    base = [2] * axes
+    more = [n + (at == axis) for at, n in enumerate(base)]
+    one, two = (denoiser(model).latent(model.config, tuple(grid), 1) for grid in (base, more))
+    return next(b - a for a, b in zip(one, two, strict=True) if a != b)
 
 
 def arguments(model: Any, x: Tensor, t: Tensor, conditions: Given, calling: Calling | None = None) -> dict[str, Any]:
