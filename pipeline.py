@@ -277,9 +277,11 @@ def export_stage(work: Work) -> None:
         student = work.student(STUDENT)
         plan = read_plan(work.run.plan).for_sites(work.sites)
         if work.recipe.kind == "images":
+            from .convert.card_images import image_card
             from .convert.export_images import export_images, verify_images
 
-            card = ""
+            told = evaluation_of(work.run)
+            card = image_card(work.recipe, work.run.manifest(), type(student).__name__, told)
             export_images(student, plan, folder, card, work.recipe.export.dtype)
             if work.recipe.export.verify:
                 work.run.record(metrics={"export": verify_images(student, folder)})

@@ -13,6 +13,7 @@ import yaml
 from .errors import UsageError
 from .keys import STAGES
 from .runs import FOLDERS, MANIFEST, PLAN, RECIPE, Run
+from .wording import IMAGES, TEXT, Wording
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,10 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Artefacts:
-    """Plain data of every stage; {} where a stage has written nothing. `status` is done, old, begun or absent."""
+    """Plain data of every stage; {} where a stage has written nothing. `status` is done, old, begun or absent.
+
+    `folder` is that of the run.
+    """
 
     recipe_text: str
     recipe: Mapping[str, Any]
@@ -43,6 +47,17 @@ class Artefacts:
     evaluation: Mapping[str, Any]
     logs: Mapping[str, Sequence[Mapping[str, Any]]]
     status: Mapping[str, str]
+    folder: Path
+
+    @property
+    def images(self) -> bool:
+        """Whether it is of an image or video model."""
+        return "images" in self.recipe
+
+    @property
+    def words(self) -> Wording:
+        """What its figures are called."""
+        return IMAGES if self.images else TEXT
 
     @property
     def sites(self) -> list[Site]:
@@ -76,6 +91,7 @@ def read_artefacts(folder: Path) -> Artefacts:
         evaluation=_json(places["evaluate"] / "evaluation.json"),
         logs={path.parent.name: _lines(path) for path in sorted(places["distill"].glob("*/log.jsonl"))},
         status=_status(folder, places),
+        folder=folder,
     )
 
 

@@ -132,7 +132,8 @@ class Task:
                 if word in reason:
                     why[setting] = why.get(setting, 0) + 1
         because = f" ({', '.join(f'{name} keeps {count}' for name, count in why.items())})" if why else ""
-        return f"{free} of {total} KV groups may be converted{because}"
+        what = "heads" if any(site.axes for site in self.profile.sites) else "KV groups"
+        return f"{free} of {total} {what} may be converted{because}"
 
     def impossible(self, error: Infeasible | None = None, method: str = "") -> UsageError:
         """The error to raise: what the cheapest plan costs, which budget binds, and what can be done."""

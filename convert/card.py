@@ -15,7 +15,7 @@ from .report_comparison import encodes
 from .report_html import NONE, duration, number, percent, ratio, size, tokens
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from .recipe import AnyRecipe, Recipe
 
 LOAD = """\
 ## Use
@@ -76,13 +76,13 @@ def model_card(
     auto = loader(base_class)
     generates = auto == "AutoModelForCausalLM"
     parts = [
-        _front_matter(recipe, auto, evaluation),
-        _what(recipe, manifest, base_class, evaluation),
+        front_matter(recipe, "transformers", PIPELINES[auto], evaluation),
+        what(recipe, manifest, base_class, evaluation),
         LOAD.format(auto=auto, use=GENERATE if generates else ENCODE),
         _measured(evaluation),
-        _gates(evaluation),
+        gates(evaluation),
         LIMITS.format(cache=CACHE if generates else ""),
-        _made(recipe, manifest),
+        made(recipe, manifest),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -105,7 +105,7 @@ def _lengths(found: Mapping[str, Any], field: str) -> list[str]:
     return sorted({length for entry in found.values() for length in dig(entry, field, default={})}, key=int)
 
 
-def _beside(shown: str, against: Any) -> str:
+def beside(shown: str, against: Any) -> str:
     """A figure and, in brackets, its ratio to the teacher's."""
     return shown if against is None or shown == NONE else f"{shown} ({ratio(against)})"
 
@@ -117,7 +117,7 @@ def _quality(arms: Sequence[str], found: Mapping[str, Any]) -> Iterator[list[str
         yield [f"cosine @ {tokens(length)}", *(number(cell.get("cosine"), 4) for cell in cells)]
         yield [
             f"perplexity @ {tokens(length)}",
-            *(_beside(number(cell.get("perplexity"), 4), cell.get("perplexity_ratio")) for cell in cells),
+            *(beside(number(cell.get("perplexity"), 4), cell.get("perplexity_ratio")) for cell in cells),
         ]
     at = next((entry["retrieval"]["length"] for entry in found.values() if dig(entry, "retrieval", "length")), None)
     if at:
@@ -130,7 +130,7 @@ def _costs(arms: Sequence[str], found: Mapping[str, Any]) -> Iterator[list[str]]
     for length in _lengths(found, "kv_bytes"):
         yield [
             f"KV cache @ {tokens(length)}",
-            *(_beside(size(dig(found[arm], "kv_bytes", length)), dig(found[arm], "kv_ratio", length)) for arm in arms),
+            *(beside(size(dig(found[arm], "kv_bytes", length)), dig(found[arm], "kv_ratio", length)) for arm in arms),
         ]
     for length in _lengths(found, "flops_ratio"):
         yield [f"attention FLOPs @ {tokens(length)}", *(ratio(dig(found[arm], "flops_ratio", length)) for arm in arms)]
@@ -177,19 +177,28 @@ PIPELINES = {
 }
 
 
-def _front_matter(recipe: Recipe, auto: str, evaluation: Mapping[str, Any] | None) -> str:
+def front_matter(recipe: AnyRecipe, library: str, task: str, evaluation: Mapping[str, Any] | None) -> str:
+    """What the hub reads."""
     operators = {name.partition("-")[0] for name in dig(evaluation, "arms", "student", "operators", default={})}
-    words = {"window": "sliding-window", "linear": "linear-attention", "hybrid": "hybrid-attention"}
+    words = {
+        "window": "sliding-window",
+        "linear": "linear-attention",
+        "hybrid": "hybrid-attention",
+        "sparse": "sparse-attention",
+        "sla": "sparse-linear-attention",
+    }
     head: dict[str, Any] = {"base_model": recipe.model.hub} if recipe.model.hub else {}
     head |= {
-        "library_name": "transformers",
-        "pipeline_tag": PIPELINES[auto],
+        "library_name": library,
+        "pipeline_tag": task,
         "tags": ["attnconvert", *(words.get(name, name) for name in sorted(operators - {"full"}))],
     }
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
 
 
-def _what(recipe: Recipe, manifest: Mapping[str, Any], base: str, evaluation: Mapping[str, Any] | None) -> str:
+def what(recipe: AnyRecipe, manifest: Mapping[str, Any], base: str, evaluation: Mapping[str, Any] | None) -> str:
+    """The title, and which operators the model has."""
+    group = "head" if recipe.kind == "images" else "KV group"
     model = dig(manifest, "model", "name", default="the model")
     origin = f"[{model}](https://huggingface.co/{model})" if recipe.model.hub else model
     version = dig(manifest, "versions", "attnconvert", default="")
@@ -197,20 +206,20 @@ def _what(recipe: Recipe, manifest: Mapping[str, Any], base: str, evaluation: Ma
     text = f"# {recipe.name}\n\n{description}{origin} (`{base}`), its attention converted by attnconvert {version}"
     operators = dig(evaluation, "arms", "student", "operators", default={})
     if not operators:
-        return text + ". The block `attnconvert` of `config.json` says which KV group has which operator.\n"
+        return text + f". The block `attnconvert` of `config.json` says which {group} has which operator.\n"
     groups = sum(operators.values())
     share = percent(dig(evaluation, "arms", "student", "converted"), 0)
     specs = {label(spec): spec for spec in _specs(recipe)}
     lines = [
-        f"{text}: {share} of its {groups} KV groups have a cheaper operator in the place of full attention.\n",
-        "| operator | KV groups | what it does |",
+        f"{text}: {share} of its {groups} {group}s have a cheaper operator in the place of full attention.\n",
+        f"| operator | {group}s | what it does |",
         "|---|---:|---|",
     ]
     lines += [f"| `{name}` | {count} | {_explained(name, specs.get(name))} |" for name, count in operators.items()]
-    return "\n".join(lines) + "\n\nThe block `attnconvert` of `config.json` says which KV group has which.\n"
+    return "\n".join(lines) + f"\n\nThe block `attnconvert` of `config.json` says which {group} has which.\n"
 
 
-def _specs(recipe: Recipe) -> Iterator[Spec]:
+def _specs(recipe: AnyRecipe) -> Iterator[Spec]:
     yield from recipe.profile.candidates
     for select in (recipe.select, *(arm.select for arm in recipe.compare)):
         yield from (select.explicit or {}).values()
@@ -246,18 +255,20 @@ def _measured(evaluation: Mapping[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def _gates(evaluation: Mapping[str, Any] | None) -> str:
-    gates = dig(evaluation, "gates", default=[])
-    if not gates:
+def gates(evaluation: Mapping[str, Any] | None) -> str:
+    """The bounds of the recipe, and what was reached."""
+    found = dig(evaluation, "gates", default=[])
+    if not found:
         return ""
     lines = ["## Gates", "", "| gate | bound of the recipe | reached | |", "|---|---:|---:|---|"]
-    for gate in gates:
+    for gate in found:
         verdict = "passed" if gate["passed"] else "**missed**"
         lines.append(f"| {gate['name']} | {gate['limit']:g} | {number(gate['value'])} | {verdict} |")
     return "\n".join(lines) + "\n"
 
 
-def _made(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
+def made(recipe: AnyRecipe, manifest: Mapping[str, Any]) -> str:
+    """The recipe, the weights that it began with, and the versions."""
     versions = ", ".join(f"{name} {value}" for name, value in dig(manifest, "versions", default={}).items() if value)
     hashes = dig(manifest, "model", "sha256", default={})
     lines = ["## How it was made", "", "`attnconvert run recipe.yaml`, with every default filled in:", "", "```yaml"]
@@ -268,10 +279,15 @@ def _made(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"- versions: {versions}", ""])
 
 
-def _without_paths(recipe: Recipe) -> Recipe:
+def _without_paths(recipe: AnyRecipe) -> AnyRecipe:
     """Local paths cut to their last part: a published card tells nobody how a home directory is laid out."""
     model = recipe.model
     cut = {name: Path(path.name) for name in ("folder", "gguf") if (path := getattr(model, name)) is not None}
+    if recipe.kind == "images":
+        given = {name: getattr(recipe.images, name) for name in ("conditions", "prompts", "classifier")}
+        named = {name: Path(path.name) for name, path in given.items() if path is not None}
+        images = recipe.images.model_copy(update=named)
+        return recipe.model_copy(update={"model": model.model_copy(update=cut), "images": images})
     text = recipe.text
     sides = {
         name: side.model_copy(update={"files": tuple(_shortened(file) for file in side.files)})

@@ -18,6 +18,7 @@ from .profiling import Profile
 from .program import Program, Solution
 from .relaxation import Ints, Relaxation
 from .report_html import number
+from .wording import IMAGES, TEXT, Wording
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,7 +81,7 @@ def explain(profile: Profile, selection: Mapping[str, Any], plan: Plan, where: s
         site = profile.sites[n]
         for g in groups:
             lines += _group(profile, selection, plan, site, (n, g), head)
-    return lines + list(_whole(selection))
+    return lines + list(_whole(selection, _words(profile).loss))
 
 
 def _places(profile: Profile, where: str) -> list[tuple[int, Sequence[int], int | None]]:
@@ -114,12 +115,12 @@ def _group(
     heads = heads_of(site, group)
     specs = plan.groups.get(site.name, (Full(),) * site.kv_heads)
     span = f"head {heads[0]}" if len(heads) == 1 else f"heads {heads[0]}–{heads[-1]}"
-    of = (
-        f"head {head} of layer {site.layer} is in KV group {g}"
-        if head is not None
-        else f"layer {site.layer}, KV group {g}"
-    )
-    yield f"{of} ({span}): {_named(specs[g])}"
+    of = f"layer {site.layer}, KV group {g} ({span})"
+    if site.axes and len(heads) == 1:
+        of = f"layer {site.layer}, head {g}"
+    elif head is not None:
+        of = f"head {head} of layer {site.layer} is in KV group {g} ({span})"
+    yield f"{of}: {_named(specs[g])}"
     reason = ((selection.get("reasons") or {}).get(site.name) or [""] * site.kv_heads)[g]
     edited = bool(reason) and reason.startswith("converted") != (specs[g] != Full())
     if edited:
@@ -145,15 +146,21 @@ def _damage(profile: Profile, site: Site, group: Group, name: str) -> str:
     if not table:
         return "its damage was not measured"
     parts = []
-    for key, word in (("kl", "KL"), ("needle", "needle loss")):
+    words = _words(profile)
+    noun = "groups" if words.needles else "heads"
+    for key, word in (("kl", words.loss), ("needle", "needle loss")) if words.needles else (("kl", words.loss),):
         cells = {other: table[key][other[0]][other[1]] for other in groups_of(profile)}
         known = sorted((x for x in cells.values() if x is not None), reverse=True)
         mine = cells[group]
         if mine is None:
             parts.append(f"{word} not measured")
         else:
-            parts.append(f"{word} {number(mine)}, the {_ordinal(known.index(mine) + 1)} highest of {len(known)} groups")
+            parts.append(f"{word} {number(mine)}, the {_ordinal(known.index(mine) + 1)} highest of {len(known)} {noun}")
     return "alone it costs " + "; ".join(parts)
+
+
+def _words(profile: Profile) -> Wording:
+    return IMAGES if any(site.axes for site in profile.sites) else TEXT
 
 
 def _ordinal(n: int) -> str:
@@ -170,7 +177,8 @@ def _figures(profile: Profile, group: Group, heads: Sequence[int]) -> Iterator[s
             continue
         words = (("entropy", "entropy", " nats"), ("local_mass", "near tokens", ""), ("sink_mass", "first tokens", ""))
         found = []
-        for name, word, unit in words:
+        table_words = words[:2] if profile.sites[n].axes else words  # the first tokens of an image are its corner
+        for name, word, unit in table_words:
             table = profile.statistics.get(name)
             if table and table[n][head] is not None:
                 value = f"{number(table[n][head])}{unit}" if unit else f"{table[n][head]:.0%} of its attention"
@@ -194,11 +202,11 @@ def _price(selection: Mapping[str, Any], site: Site, group: Group, spec: Spec) -
     )
 
 
-def _whole(selection: Mapping[str, Any]) -> Iterator[str]:
+def _whole(selection: Mapping[str, Any], loss: str) -> Iterator[str]:
     """What the plan as a whole is predicted and measured to lose."""
     predicted, measured = selection.get("predicted") or {}, selection.get("measured") or {}
     if predicted.get("kl") is not None:
         together = f"; measured together {number(measured['kl'])}" if measured.get("kl") is not None else ""
-        yield f"the whole plan: the single damages add up to KL {number(predicted['kl'])}{together}"
+        yield f"the whole plan: the single damages add up to {loss} {number(predicted['kl'])}{together}"
     if selection.get("gap") is not None and selection.get("bound") is not None:
         yield f"its loss is {number(selection['loss'])}, and no plan has less than {number(selection['bound'])}"

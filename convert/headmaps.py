@@ -20,6 +20,14 @@ OPERATOR_COLOURS: Mapping[str, tuple[str, ...]] = {
     "blocks": ("#5b8a00", "#a6d04f", "#365200"),
     "span": ("#c9a800", "#f0e442", "#7a6600"),
     "retention": ("#009e73", "#72d1b5", "#00573f"),
+    "disc": ("#0072b2", "#56b4e9", "#00416b", "#7d8fc9"),
+    "neighbourhood": ("#4a4e9e", "#9b9edb", "#2b2e66"),
+    "tiles": ("#009e73", "#72d1b5", "#00573f"),
+    "radial": ("#8a6d00", "#d9b84a", "#574500"),
+    "sparse": ("#5b8a00", "#a6d04f", "#365200"),
+    "sla": ("#e69f00", "#f5cb6e", "#9a6a00"),
+    "agent": ("#c9a800", "#f0e442", "#7a6600"),
+    "timed": ("#882255", "#c77ba3", "#551133"),
 }
 OTHER_COLOURS = ("#cc79a7", "#8f4a72", "#e8bcd4", "#5e3350")
 FULL = "var(--full, #d5dbe2)"
@@ -212,7 +220,7 @@ def standalone(svg: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Thumbnail:
-    """A causal mask in `count` × `count` blocks, as runs (row, first column, end) of one kind.
+    """A mask in `rows` × `count` blocks (rows 0: as many), as runs (row, first column, end) of one kind.
 
     `strokes` are single tokens that rows go on reading, as (column, first row, end), in blocks and their fractions.
     """
@@ -225,10 +233,16 @@ class Thumbnail:
     rest: Sequence[tuple[int, int, int]] = ()  # what a state stands for
     strokes: Sequence[tuple[float, float, float]] = ()
     words: Sequence[str] = ()  # lines beneath
+    rows: int = 0
 
 
-def mask_thumbnails(masks: Sequence[Thumbnail], *, describe: str, width: float = 1000.0) -> str:
-    """SVG of the masks side by side: queries downwards, keys to the right, partial blocks fainter than full ones."""
+def mask_thumbnails(
+    masks: Sequence[Thumbnail], *, describe: str, width: float = 1000.0, rest: str = "in the linear state"
+) -> str:
+    """SVG of the masks side by side: queries downwards, keys to the right, partial blocks fainter than full ones.
+
+    `rest` says where hatched blocks are read from.
+    """
     pitch, side, head = 200.0, 168.0, 24.0
     across = max(1, int(width // pitch))
     tall = head + side + 16.0 * max((len(mask.words) for mask in masks), default=0) + 22
@@ -236,7 +250,7 @@ def mask_thumbnails(masks: Sequence[Thumbnail], *, describe: str, width: float =
         [
             Swatch(label="full block", fill=MUTED),
             Swatch(label="partial block: some of its pairs", fill=MUTED, opacity=PALE),
-            *([Swatch(label="in the linear state", hatched=True)] if any(mask.rest for mask in masks) else []),
+            *([Swatch(label=rest, hatched=True)] if any(mask.rest for mask in masks) else []),
         ],
         None,
         width,
@@ -260,7 +274,7 @@ PALE = 0.42  # opacity of a partial block
 
 
 def _mask(mask: Thumbnail, x: float, y: float, side: float) -> str:
-    unit = side / mask.count
+    unit, tall = side / mask.count, side / (mask.rows or mask.count)
     parts = [f"<title>{escape(mask.title)}</title>"]
     outline = f"fill:none;stroke:{GRID}"
     parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{side:g}" height="{side:g}" style="{outline}"/>')
@@ -269,19 +283,19 @@ def _mask(mask: Thumbnail, x: float, y: float, side: float) -> str:
         (mask.partial, f"fill:{mask.colour};fill-opacity:{PALE}"),
     ):
         boxes = "".join(
-            f"M{x + first * unit:.2f} {y + row * unit:.2f}h{(end - first) * unit:.2f}v{unit:.2f}"
+            f"M{x + first * unit:.2f} {y + row * tall:.2f}h{(end - first) * unit:.2f}v{tall:.2f}"
             f"h{(first - end) * unit:.2f}z"
             for row, first, end in runs
         )
         parts += [f'<path d="{boxes}" style="{style}"/>'] if boxes else []
     slashes = "".join(
-        f"M{x + column * unit:.2f} {y + (row + 1) * unit:.2f}l{unit:.2f} {-unit:.2f}"
+        f"M{x + column * unit:.2f} {y + (row + 1) * tall:.2f}l{unit:.2f} {-tall:.2f}"
         for row, first, end in mask.rest
         for column in range(first, end)
     )
     parts += [f'<path d="{slashes}" style="fill:none;stroke:{MUTED};stroke-width:.8"/>'] if slashes else []
     lines = "".join(
-        f"M{x + column * unit:.2f} {y + first * unit:.2f}V{y + end * unit:.2f}" for column, first, end in mask.strokes
+        f"M{x + column * unit:.2f} {y + first * tall:.2f}V{y + end * tall:.2f}" for column, first, end in mask.strokes
     )
     parts += [f'<path d="{lines}" style="fill:none;stroke:{mask.colour};stroke-width:.7"/>'] if lines else []
     return f"<g>{''.join(parts)}</g>"

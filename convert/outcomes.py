@@ -25,10 +25,12 @@ def outcome(run: Run, stage: str, width: int) -> tuple[Any, ...]:
     found = read_artefacts(run.path)
     folder = run.folder(stage)
     if stage == "profile":
-        return found.profile, tables.profile_table(found.profile), places(run)
+        bands = [tables.bands_table(found.profile)] if found.profile.get("bands") else []
+        return found.profile, tables.profile_table(found.profile), *bands, places(run)
     if stage == "select":
         sites = describe_plan(run.path)["sites"]
-        return found.select, tables.selection_table(found.select), tables.plan_map(sites, width), places(run)
+        shown = tables.selection_table(found.select, found.words), tables.plan_map(sites, width, found.words)
+        return found.select, *shown, places(run)
     if stage == "sample":
         if run.recipe.kind == "images":
             pictures = run.recipe.sample
@@ -79,10 +81,14 @@ def summary(run: Run, ran: Sequence[str], evaluation: Mapping[str, Any]) -> tupl
 def _verified(checked: Any) -> Text:
     if not checked:
         return Text("Written; export.verify is off, so it was not loaded again.")
+    count = len(checked)
+    if any("error" in way for way in checked.values()):  # of a denoiser
+        worst = max(way["error"] for way in checked.values())
+        sizes = " and ".join(dict.fromkeys(size for way in checked.values() for size in way["grids"]))
+        where = f" on grids of {sizes} tokens" if sizes else ""
+        return Text(f"Loaded again in {count} clean processes: predictions differ by at most {worst:.1e}{where}.")
     worst = max(way["logits_error"] for way in checked.values())
-    return Text(
-        f"Loaded again in {len(checked)} clean processes: logits differ by at most {worst:.1e}, tokens are equal."
-    )
+    return Text(f"Loaded again in {count} clean processes: logits differ by at most {worst:.1e}, tokens are equal.")
 
 
 def places(run: Run) -> Text:
@@ -92,11 +98,15 @@ def places(run: Run) -> Text:
         pairs.append(("plan", run.plan))
     if run.is_done("export"):
         folder = run.folder("export")
-        auto = next(name for name in read_json(folder / "config.json")["auto_map"] if name != "AutoConfig")
+        if run.recipe.kind == "images":
+            auto = "DiffusionPipeline" if (folder / "model_index.json").is_file() else "AutoModel"
+            auto = f"diffusers.{auto}"
+        else:
+            auto = next(name for name in read_json(folder / "config.json")["auto_map"] if name != "AutoConfig")
         load = f'{auto}.from_pretrained("{folder}"'
         pairs += [
             ("checkpoint", folder),
             ("load it", f"{load}, trust_remote_code=True)"),
-            ("or", f"import attnconvert; {load})"),
+            ("or", f"import attnconvert{', diffusers' * (run.recipe.kind == 'images')}; {load})"),
         ]
     return tables.lines(pairs)

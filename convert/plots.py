@@ -39,7 +39,11 @@ def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Plot | None:
                 )
     if not phases:
         return None
-    titles = {"transfer": "Attention transfer: error of the attention outputs", "lora": "LoRA: distance to the teacher"}
+    titles = {
+        "transfer": "Attention transfer: error of the attention outputs",
+        "lora": "LoRA: distance to the teacher",
+        "training": "Training: distance to the teacher",
+    }
     with style() as new:
         figure = new(7.6, 3.2)
         axes = figure.subplots(1, len(phases), squeeze=False)[0]

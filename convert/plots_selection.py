@@ -129,7 +129,7 @@ def _arms(axis: Axes, arms: Mapping[str, tuple[float, float]], measured: Mapping
         axis.plot([], [], marker="*", markersize=9, mfc="none", mec=INK, linestyle="", label="the same, measured whole")
 
 
-def predictors(panels: Sequence[Panel], marked_label: str, name: str) -> Plot | None:
+def predictors(panels: Sequence[Panel], label: str, marked_label: str, name: str) -> Plot | None:
     """A panel for each score, log-log where the values are positive; damage of 0 and less is drawn at the floor."""
     if not panels:
         return None
@@ -146,9 +146,11 @@ def predictors(panels: Sequence[Panel], marked_label: str, name: str) -> Plot | 
             if n % columns == 0 or panels[n].unit != panels[n - 1].unit:
                 axis.set_ylabel(panels[n].unit)
         handles = [
-            axes[0].plot([], [], linestyle="", marker="o", markersize=4.5, color=FRONT, label="a KV group")[0],
-            axes[0].plot([], [], linestyle="", marker="^", markersize=6, color=HIGHLIGHT, label=marked_label)[0],
+            axes[0].plot([], [], linestyle="", marker="o", markersize=4.5, color=FRONT, label=label)[0],
         ]
+        if marked_label:
+            look: dict[str, Any] = {"linestyle": "", "marker": "^", "markersize": 6, "color": HIGHLIGHT}
+            handles += axes[0].plot([], [], label=marked_label, **look)
         figure.legend(handles=handles, loc="outside upper left", ncols=2)
         return draw(figure, f"predictors-{name}")
 
@@ -186,7 +188,7 @@ def _sparse(axis: Any) -> None:
     axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def refinement(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Plot | None:
+def refinement(histories: Mapping[str, Sequence[Mapping[str, Any]]], x_label: str) -> Plot | None:
     """Measured loss of every plan that refinement tried, and what was predicted of it; kept ones are filled."""
     shown = {arm: lines for arm, lines in histories.items() if len(lines) > 1}
     if not shown:
@@ -204,7 +206,7 @@ def refinement(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Plot | N
             axis.set_yticks(range(len(lines)), [f"{line['round']}: {line['scores']}" for line in lines], fontsize=8)
             axis.invert_yaxis()
             axis.set_xlim(0, 1.08 * max((*(line["loss"] for line in lines), *(x for x, _ in told), 1e-9)))
-            axis.set_xlabel("loss: KL + weighted needle")
+            axis.set_xlabel(x_label)
             axis.set_title(arm if len(shown) > 1 else "", fontsize=9.5)
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
         return draw(figure, "refinement")

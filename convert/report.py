@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from . import report_images
 from .artefacts import Artefacts, dig, read_artefacts
 from .files import write_bytes, write_text
 from .headmaps import standalone
@@ -16,7 +17,11 @@ from .report_html import duration, facts, figure, number, page, percent, ratio, 
 from .report_maps import choice_section, profile_section
 from .report_selection import front_section
 
+if TYPE_CHECKING:
+    from .plots import Plot
+
 REPORT = "report.html"
+OBJECTIVES = ("velocity", "diffusion", "feature", "distribution")  # as the training of denoisers logs them
 
 
 def write_report(run_folder: Path) -> Path:
@@ -33,7 +38,7 @@ def write_report(run_folder: Path) -> Path:
         _summary(run),
         choice_section(run, pictures),
         front_section(run, pictures),
-        _comparison(run, pictures),
+        *_results(run, pictures),
         profile_section(run, pictures),
         _training(run, pictures),
         _making(run),
@@ -48,6 +53,12 @@ def write_report(run_folder: Path) -> Path:
     title = f"attnconvert: {run.recipe.get('name', run_folder.name)}"
     write_text(run_folder / REPORT, page(title, "\n".join(part for part in parts if part)))
     return run_folder / REPORT
+
+
+def _results(run: Artefacts, pictures: dict[str, str | bytes]) -> list[str]:
+    if run.images:
+        return [report_images.comparison_section(run, pictures), report_images.speed_section(run, pictures)]
+    return [_comparison(run, pictures)]
 
 
 # --- top of the page --------------------------------------------------------------------------------------------------
@@ -75,18 +86,21 @@ def _summary(run: Artefacts) -> str:
     if not gates:
         verdict = _verdict("", "No gates are set.", "The figures below are not held against any bound.")
     elif missed:
-        told = "; ".join(f"{_gate_name(gate['name'])} is {_gate_value(gate)}, {_gate_bound(gate)}" for gate in missed)
+        told = "; ".join(
+            f"{_gate_name(gate['name'], run.images)} is {_gate_value(gate)}, {_gate_bound(gate)}" for gate in missed
+        )
         verdict = _verdict("bad", f"✗ {len(missed)} of {len(gates)} gates missed:", f"{told}.")
     else:
         count = "The gate is" if len(gates) == 1 else f"All {len(gates)} gates are"
         verdict = _verdict("good", f"✓ {count} passed.", "The result is within every bound of the recipe.")
-    gained = "".join(_gains(run.evaluation, student))
-    paid = "".join(_losses(run.evaluation, student))
+    gains, losses = (report_images.gains, report_images.losses) if run.images else (_gains, _losses)
+    gained, paid = "".join(gains(run.evaluation, student)), "".join(losses(run.evaluation, student))
+    slower = report_images.warning(run.evaluation) if run.images else ""
     balance = (
         f'<div class="balance"><div><h3>Gained</h3><div class="tiles">{gained}</div></div>'
         f'<div><h3>Paid</h3><div class="tiles">{paid}</div></div></div>'
     )
-    return stages + verdict + balance + _gates(gates)
+    return stages + verdict + slower + balance + _gates(gates, run.images)
 
 
 def _verdict(kind: str, head: str, text: str) -> str:
@@ -173,16 +187,17 @@ def _longest(by_length: Any) -> list[tuple[str, Any]]:
     return [(length, by_length[length])]
 
 
-def _gates(gates: list[Mapping[str, Any]]) -> str:
+def _gates(gates: list[Mapping[str, Any]], images: bool) -> str:
     rows = []
     for gate in gates:
         mark = '<b class="good">✓ passed</b>' if gate.get("passed") else '<b class="bad">✗ missed</b>'
-        rows.append([escape(_gate_name(gate["name"])), _gate_bound(gate), _gate_value(gate), mark])
+        rows.append([escape(_gate_name(gate["name"], images)), _gate_bound(gate), _gate_value(gate), mark])
     return table(["Gate", "Bound", "Measured", "Result"], rows, text=(0, 3)) if rows else ""
 
 
 def _gate_bound(gate: Mapping[str, Any]) -> str:
-    least = any(word in gate["name"] for word in ("speedup", "converted", "cosine"))
+    what = gate["name"].partition("@")[0]
+    least = what in report_images.BOUNDS or any(word in what for word in ("speedup", "cosine"))
     return f"{'at least' if least else 'at most'} {gate['limit']:g}"
 
 
@@ -191,8 +206,10 @@ def _gate_value(gate: Mapping[str, Any]) -> str:
     return number(value, 4 if isinstance(value, int | float) and value >= 1 else 3)
 
 
-def _gate_name(name: str) -> str:
+def _gate_name(name: str, images: bool = False) -> str:
     """kl@1024 → KL at 1,024 tokens"""
+    if images:
+        return report_images.gate_name(name)
     what, _, length = name.partition("@")
     words = {
         "kl": "KL to the teacher",
@@ -273,7 +290,24 @@ def _training(run: Artefacts, pictures: dict[str, str | bytes]) -> str:
         pictures |= {"loss.svg": plot.svg, "loss.png": plot.png}
         caption = "The loss of each step, pale, and its running mean; short phases step by step."
         parts.insert(0, figure(plot.inline, caption))
+    plot = _objectives(run)
+    if plot:
+        pictures |= {"objectives.svg": plot.svg, "objectives.png": plot.png}
+        parts.append(figure(plot.inline, "The objectives that the student's loss is the weighted sum of."))
     return section("Training", *parts)
+
+
+def _objectives(run: Artefacts) -> Plot | None:
+    """The parts of the student's loss, where there are several."""
+    from .plots_images import objectives
+
+    lines = [line for line in run.logs.get("student", ()) if line.get("phase") == "training"]
+    terms: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        for name in OBJECTIVES:
+            if isinstance(line.get(name), int | float):
+                terms.setdefault(name, []).append((line["step"], float(line[name])))
+    return objectives(terms)
 
 
 def _mean(lines: list[Mapping[str, Any]]) -> float | None:

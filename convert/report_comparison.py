@@ -15,7 +15,7 @@ EQUAL_BYTES = 0.03  # relative difference below which two arms count as equally 
 
 def arms_table(evaluation: Mapping[str, Any], select: Mapping[str, Any]) -> str:
     """A column per arm, a row per figure."""
-    arms = _ordered(evaluation)
+    arms = ordered(evaluation)
     found = {arm: dig(evaluation, "arms", arm, default={}) for arm in arms}
     rows: list[Sequence[str]] = []
     for title, block in (
@@ -31,7 +31,7 @@ def arms_table(evaluation: Mapping[str, Any], select: Mapping[str, Any]) -> str:
     return table(head, rows, strong=1 + arms.index("student") if "student" in arms else None)
 
 
-def _ordered(evaluation: Mapping[str, Any]) -> list[str]:
+def ordered(evaluation: Mapping[str, Any]) -> list[str]:
     arms = list(dig(evaluation, "arms", default={}))
     return sorted(arms, key=lambda arm: ("teacher", "student").index(arm) if arm in ("teacher", "student") else 2)
 
@@ -143,8 +143,21 @@ def conclusions(evaluation: Mapping[str, Any]) -> str:
 def _conclusion(name: str, arms: Mapping[str, Any]) -> str:
     student, other = arms["student"], arms[name]
     compared = _compare(student, other)
-    if not compared:
-        return ""
+    return judged(name, student, other, compared, _bytes(escape(name), student, other)) if compared else ""
+
+
+def judged(
+    name: str,
+    student: Mapping[str, Any],
+    other: Mapping[str, Any],
+    compared: Sequence[tuple[str, int, str]],
+    head: str,
+) -> str:
+    """The sentence about an arm: its beginning, `head`, which of the two is better, and the figures that say so.
+
+    Args:
+        compared: what was compared, 1 where the student is clearly better and -1 where the other is, and the figures.
+    """
     ahead = [what for what, order, _ in compared if order > 0]
     behind = [what for what, order, _ in compared if order < 0]
     shown = escape(name)
@@ -153,15 +166,16 @@ def _conclusion(name: str, arms: Mapping[str, Any]) -> str:
     elif behind and not ahead:
         verdict = f"<code>{shown}</code> is better than the student"
     elif ahead:
-        verdict = (
-            f"neither is better in everything: the student in {_and(ahead)}, <code>{shown}</code> in {_and(behind)}"
-        )
+        parts = and_list(ahead), and_list(behind)
+        verdict = f"neither is better in everything: the student in {parts[0]}, <code>{shown}</code> in {parts[1]}"
     else:
         verdict = f"there is no clear difference between the student and <code>{shown}</code>"
     figures = "; ".join(figures for _, _, figures in compared)
     trained = (student.get("trained"), other.get("trained"))
-    words = {(True, False): f" <code>{shown}</code> was not trained.", (False, True): " The student was not trained."}
-    head = _bytes(shown, student, other)
+    words: dict[tuple[Any, Any], str] = {
+        (True, False): f" <code>{shown}</code> was not trained.",
+        (False, True): " The student was not trained.",
+    }
     return f"<b>{head} {verdict}.</b> Student against {shown}: {figures}.{words.get(trained, '')}"
 
 
@@ -209,18 +223,18 @@ def _compare(student: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple
     ours, theirs = (dig(arm, "retrieval", "exact") for arm in (student, other))
     if ours is not None and theirs is not None:
         cases = dig(student, "retrieval", "cases", default=0)
-        order = 0 if abs(ours - theirs) <= _noise(ours, theirs, cases) else 1 if ours > theirs else -1
+        order = 0 if abs(ours - theirs) <= noise_of(ours, theirs, cases) else 1 if ours > theirs else -1
         found.append(("retrieval", order, f"retrieval {percent(ours)} against {percent(theirs)}"))
     return found
 
 
-def _noise(ours: float, theirs: float, cases: int) -> float:
+def noise_of(ours: float, theirs: float, cases: int) -> float:
     """Two standard errors of the difference of two shares of `cases` answers."""
     mean = (ours + theirs) / 2
     return 2 * math.sqrt(2 * mean * (1 - mean) / cases) if cases else 0.0
 
 
-def _and(words: Sequence[str]) -> str:
+def and_list(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 

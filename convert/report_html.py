@@ -230,8 +230,11 @@ figcaption {{ margin-top: 8px; }}
 .maps {{ display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 6px 28px; }}
 .maps figure svg.map {{ min-width: 0; }}
 .maps.wide {{ grid-template-columns: 1fr; }}
+.maps.thirds {{ grid-template-columns: repeat(3, minmax(0, 1fr)); }}
+figure img {{ display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: 6px; }}
 .maps h3 {{ margin: 16px 0 2px; }}
 .maps figure {{ margin: 8px 0 14px; }}
+.scroll + .note {{ margin-top: 10px; }}
 .conclusions {{ margin: 16px 0 4px; padding-left: 20px; max-width: 92ch; }}
 .conclusions li {{ margin-bottom: 6px; }}
 .facts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 6px 24px;
@@ -247,7 +250,7 @@ summary {{ cursor: pointer; color: var(--accent); font-size: 14px; padding: 3px 
   main {{ padding: 24px 16px 48px; }}
   h1 {{ font-size: 25px; }}
   .stages {{ grid-template-columns: repeat(2, 1fr); }}
-  .maps {{ grid-template-columns: minmax(0, 1fr); }}
+  .maps, .maps.thirds {{ grid-template-columns: minmax(0, 1fr); }}
   .maps figure svg.map {{ min-width: 440px; }}
   th:first-child, td:first-child {{ position: sticky; left: 0; background: var(--page); white-space: normal;
     min-width: 112px; }}

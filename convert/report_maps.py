@@ -9,11 +9,13 @@ from typing import Any
 
 from .artefacts import Artefacts, Site, dig
 from .headmaps import Cell, Swatch, head_map, operator_colours, shade
+from .report_bands import bands_part
+from .report_grid_masks import grid_masks_part
+from .report_heat import WIDE, heat, layer_map, named
 from .report_html import NONE, details, figure, number, percent, section, table
 from .report_masks import masks_part
 from .report_selection import budgets_part, predictors_part
 
-WIDE = 48  # sites from which on a map takes the whole width
 RETRIEVAL, KL, NEEDLE, ERROR, DENSITY = "#0072b2", "#d55e00", "#a5437c", "#8a6d00", "#007a5a"
 SHOWN = 2  # candidates whose maps are not folded away
 LIKE = 1 / 8  # share of the blocks at which heads are called extreme
@@ -49,27 +51,30 @@ def choice_section(run: Artefacts, pictures: dict[str, str | bytes]) -> str:
     legend = [Swatch(label=f"{name}: {counts[name]} of {total}", fill=colours[name]) for name in labels]
     if any(any(cell.dots) for cell in cells):
         legend.append(Swatch(label="dot area: retrieval score of the head", dot=True))
-    picture = _map(sites, cells, "Operator of each head by layer", legend=legend, grouped=True)
+    picture = layer_map(sites, cells, "Operator of each head by layer", legend=legend, grouped=True)
     pictures["choice.svg"] = picture
     method = dig(run.select, "arms", "student", "method", default="")
     how = f"Chosen by method <b>{escape(method)}</b>. " if method else ""
-    note = (
-        f"{how}One column per layer, one row per query head; heads between two gaps share a KV head and are converted "
-        "together. Point at a cell for its measured damage and the reason."
-    )
-    parts = [figure(picture), budgets_part(run), _predictions(run), masks_part(run, pictures), _reasons(run, sites)]
+    rows = "one row per query head; heads between two gaps share a KV head and are converted together"
+    if run.images:
+        rows = "one row per head"
+    note = f"{how}One column per layer, {rows}. Point at a cell for its measured damage and the reason."
+    masks = grid_masks_part(run, pictures) if run.images else masks_part(run, pictures)
+    parts = [figure(picture), budgets_part(run), _predictions(run), masks, _reasons(run, sites)]
     return section("What was chosen, and why", *parts, note=note)
 
 
 def _group_title(run: Artefacts, column: int, site: Site, group: int, label: str) -> str:
     first, last = group * site.per_group, (group + 1) * site.per_group - 1
     heads = f"head {first}" if first == last else f"heads {first}–{last}"
-    lines = [f"layer {site.layer}, KV group {group} ({heads}): {label}"]
+    place = heads if run.images else f"KV group {group} ({heads})"
+    lines = [f"layer {site.layer}, {place}: {label}"]
     for name in dig(run.profile, "damage", default={}):
         if label in (name, "full"):
             kl, needle = (dig(run.profile, "damage", name, kind, column, group) for kind in ("kl", "needle"))
             verb = "costs" if label == name else "would cost"
-            lines.append(f"{name} {verb} KL {number(kl)}, needle loss {number(needle)}")
+            lost = f", needle loss {number(needle)}" if run.words.needles else ""
+            lines.append(f"{name} {verb} {run.words.loss} {number(kl)}{lost}")
     scores = dig(run.profile, "statistics", "retrieval", column, default=[])[first : last + 1]
     if scores:
         lines.append("retrieval score " + ", ".join(number(score, 2) for score in scores))
@@ -80,44 +85,54 @@ def _group_title(run: Artefacts, column: int, site: Site, group: int, label: str
 def _predictions(run: Artefacts) -> str:
     """What the single damages add up to, beside what was measured of the whole."""
     rows = []
+    kinds = ("kl", "needle") if run.words.needles else ("kl",)
     whole = any(dig(entry, "measured") for entry in dig(run.select, "arms", default={}).values())
     for arm, entry in dig(run.select, "arms", default={}).items():
         found = dig(run.evaluation, "arms", arm, default={})
         quality = dig(found, "quality", default={})
-        shortest = min(quality, key=int) if quality else ""
-        measured = dig(quality, shortest, "kl")
+        shortest = min(quality, key=int) if quality and not run.images else ""
+        measured = dig(quality, "velocity_error") if run.images else dig(quality, shortest, "kl")
         drop = found.get("retrieval_drop")
         points = NONE_YET if drop is None else f"{100 * drop:.1f} points".replace("-", "\u2212")
         kl = NONE if quality else NONE_YET  # a bare encoder has none
         if measured is not None:
-            kl = f"{number(measured)}<small>at {int(shortest):,} tokens</small>"
-        predicted = [number(dig(entry, "predicted", kind)) for kind in ("kl", "needle")]
+            kl = number(measured) + (f"<small>at {int(shortest):,} tokens</small>" if shortest else "")
+        predicted = [number(dig(entry, "predicted", kind)) for kind in kinds]
         if whole:
-            predicted += [number(dig(entry, "measured", kind)) for kind in ("kl", "needle")]
+            predicted += [number(dig(entry, "measured", kind)) for kind in kinds]
         trained = {True: "yes", False: "no"}.get(found.get("trained"), "")
         cells = [escape(arm), escape(str(entry.get("method", ""))), percent(entry.get("converted"), 0), *predicted]
-        rows.append([*cells, kl, points, trained])
+        rows.append([*cells, kl, *([points] if run.words.needles else []), trained])
     if not rows:
         return ""
+    loss = run.words.loss[:1].upper() + run.words.loss[1:]
+    names = [loss, *(["Needle"] if run.words.needles else [])]
     head = [
         "Arm",
         "Method",
         "Converted",
-        "KL, predicted",
-        "Needle, predicted",
-        *(("KL, together", "Needle, together") if whole else ()),
-        "KL, measured",
-        "Retrieval lost",
+        *(f"{name}, predicted" for name in names),
+        *((f"{name}, together" for name in names) if whole else ()),
+        f"{loss}, measured",
+        *(["Retrieval lost"] if run.words.needles else []),
         "Trained",
     ]
     words = (
-        '<p class="note">The prediction is the sum of the damages of the single groups: it knows neither how they act '
-        f"together{TOGETHER if whole else ''} nor what training takes back.</p>"
+        f'<p class="note">The prediction is the sum of the damages of the single {_groups(run)}: it knows neither how '
+        f"they act together{_together(run) if whole else ''} nor what training takes back.</p>"
     )
     return "<h3>Predicted and measured</h3>" + table(head, rows, text=(0, 1, len(head) - 1)) + words
 
 
-TOGETHER = " (measured on calibration text when the plan was chosen)"
+def _groups(run: Artefacts) -> str:
+    return "heads" if run.images else "groups"
+
+
+def _together(run: Artefacts) -> str:
+    what = "states of the teacher's trajectories" if run.images else "calibration text"
+    return f" (measured on {what} when the plan was chosen)"
+
+
 NONE_YET = '<span class="note">not yet</span>'
 
 
@@ -132,7 +147,9 @@ def _reasons(run: Artefacts, sites: Sequence[Site]) -> str:
             rows.append(
                 [str(site.layer), str(group), escape(str(label)), f'<span class="reason">{escape(str(reason))}</span>']
             )
-    return details("Every group with its reason", table(["Layer", "KV group", "Operator", "Reason"], rows, text=(2, 3)))
+    what = run.words.group[:1].upper() + run.words.group[1:]
+    title = f"Every {what.removeprefix('KV ').lower()} with its reason"
+    return details(title, table(["Layer", what, "Operator", "Reason"], rows, text=(2, 3)))
 
 
 # --- what was measured ------------------------------------------------------------------------------------------------
@@ -151,11 +168,12 @@ def profile_section(run: Artefacts, pictures: dict[str, str | bytes]) -> str:
     folded = "".join(drawn[1 + SHOWN :])
     boxes += [details("The maps of the other candidates", folded)] if folded else []
     note = (
-        "Measured on the teacher, before anything was trained. One column per layer. Damage is that of one KV group "
-        "converted alone, all else full. Point at a cell for its figure."
+        "Measured on the teacher, before anything was trained. One column per layer. Damage is that of one "
+        f"{run.words.group} converted alone, all else full. Point at a cell for its figure."
     )
     curves = _recall(run, pictures) + _similarity(run, pictures)
     boxes += [f'<div class="{kind}">{curves}</div>'] if curves else []
+    boxes += [bands_part(run, pictures)]
     return section("What the profile measured", _problems(run), *boxes, predictors_part(run, pictures), note=note)
 
 
@@ -191,8 +209,8 @@ def _attention_maps(run: Artefacts, pictures: dict[str, str | bytes]) -> str:
     ):
         table = dig(run.profile, "statistics", name)
         if table:
-            picture = _heat(run.sites, table, colour, unit, per_head=True, log=False, least=0.0, most=1.0)
-            parts.append(_named(title, picture, words, f"{name.replace('_', '-')}.svg", pictures))
+            picture = heat(run.sites, table, colour, unit, per_head=True, log=False, least=0.0, most=1.0)
+            parts.append(named(title, picture, words, f"{name.replace('_', '-')}.svg", pictures))
     return "".join(parts)
 
 
@@ -212,20 +230,20 @@ def _candidate_maps(run: Artefacts, name: str, pictures: dict[str, str | bytes])
             "first-order effect",
             dig(run.profile, "first_order", name),
             KL,
-            "What the loss of the text should change by, to first order, in nats",
+            run.words.first_order,
             "log scale",
             "first-order",
         ),
     ):
-        picture = _heat(run.sites, values, colour, unit, per_head=True) if values else ""
-        parts.append(_named(f"{name}: {title}", picture, words, f"{file}-{name}.svg", pictures))
+        picture = heat(run.sites, values, colour, unit, per_head=True) if values else ""
+        parts.append(named(f"{name}: {title}", picture, words, f"{file}-{name}.svg", pictures))
     damage = dig(run.profile, "damage", name, default={})
-    for kind, colour, title, words in (
-        ("kl", KL, "damage to the text", "KL to the teacher, nats"),
-        ("needle", NEEDLE, "damage to retrieval", "rise of the needle loss, nats"),
-    ):
-        picture = _heat(run.sites, damage.get(kind) or [], colour, "log scale", per_head=False)
-        parts.append(_named(f"{name}: {title}", picture, words, f"damage-{name}-{kind}.svg", pictures))
+    measures = [("kl", KL, "damage" if run.images else "damage to the text", run.words.explained)]
+    if run.words.needles:
+        measures.append(("needle", NEEDLE, "damage to retrieval", "rise of the needle loss, nats"))
+    for kind, colour, title, words in measures:
+        picture = heat(run.sites, damage.get(kind) or [], colour, "log scale", per_head=run.images)
+        parts.append(named(f"{name}: {title}", picture, words, f"damage-{name}-{kind}.svg", pictures))
     return "".join(parts)
 
 
@@ -289,75 +307,7 @@ def _similarity(run: Artefacts, pictures: dict[str, str | bytes]) -> str:
         width=1000 if len(sites) > WIDE else 500,
     )
     words = "Attention that two layers spend on the same blocks: strong pairs could share operators or block lists."
-    return _named("Similarity of the layers", picture, words, "similarity.svg", pictures)
-
-
-def _named(title: str, picture: str, words: str, file: str, pictures: dict[str, str | bytes]) -> str:
-    if not picture:
-        return ""
-    pictures[file] = picture
-    return f'<div><h3>{escape(title)}</h3><p class="note">{escape(words)}</p>{figure(picture)}</div>'
-
-
-def _heat(
-    sites: Sequence[Site],
-    values: Sequence[Sequence[float | None]],
-    colour: str,
-    unit: str,
-    *,
-    per_head: bool,
-    log: bool = True,
-    least: float | None = None,
-    most: float | None = None,
-) -> str:
-    """A map of values per head or per KV group; '' if there are none."""
-    finite = [value for row in values for value in row if value is not None and (not log or value > 0)]
-    if not finite:
-        return ""
-    high = max(finite) if most is None else most
-    low = max(min(finite), high / 1000) if log else (min(0.0, *finite) if least is None else least)
-    cells = []
-    for column, (site, row) in enumerate(zip(sites, values, strict=False)):
-        for index, value in enumerate(row):
-            place = f"head {index}" if per_head else f"KV group {index}"
-            why = " (constant, or does not apply)" if per_head else " (does not apply)"
-            title = f"layer {site.layer}, {place}: {number(value)}{why if value is None else ''}"
-            opacity = shade(value, low, high, log=log)
-            cells.append(
-                Cell(column=column, first=index, fill=None if value is None else colour, opacity=opacity, title=title)
-            )
-    ends = (number(low, 2), number(high, 2))
-    if log and min(finite) < low:
-        ends = (f"≤ {ends[0]}", ends[1])
-    scale = (colour, *ends, unit)
-    none = [Swatch(label="no value", hatched=True)] if any(cell.fill is None for cell in cells) else []
-    width = 1000 if len(sites) > WIDE else 500
-    return _map(sites, cells, unit, legend=none, scale=scale, per_head=per_head, width=width)
-
-
-def _map(
-    sites: Sequence[Site],
-    cells: Sequence[Cell],
-    describe: str,
-    *,
-    legend: Sequence[Swatch] = (),
-    scale: tuple[str, str, str, str] | None = None,
-    per_head: bool = True,
-    grouped: bool = False,
-    width: float = 1000.0,
-) -> str:
-    rows = max(site.heads if per_head else site.kv_heads for site in sites)
-    return head_map(
-        [str(site.layer) for site in sites],
-        rows,
-        cells,
-        describe=describe,
-        row_name="head" if per_head else "group",
-        group=max(site.per_group for site in sites) if grouped else 1,
-        legend=legend,
-        scale=scale,
-        width=width,
-    )
+    return named("Similarity of the layers", picture, words, "similarity.svg", pictures)
 
 
 def _score(scores: Sequence[Any] | Mapping[int, Any], head: int) -> float:

@@ -75,7 +75,7 @@ def thumbnail(label: str, spec: Any, length: int, causal: bool = True) -> Thumbn
     rest = (
         []
         if spec.operator not in ("hybrid", "linear")
-        else _runs({(r, c) for r, a, b in every for c in range(a, b)} - set(kinds))
+        else runs_of({(r, c) for r, a, b in every for c in range(a, b)} - set(kinds))
     )
     pairs = sum(min(i + 1, wide + sinks + kept) for i, wide in enumerate(widths)) / (length * (length + 1) / 2)
     blocks = len(kinds) / (count * (count + 1) / 2)
@@ -88,8 +88,8 @@ def thumbnail(label: str, spec: Any, length: int, causal: bool = True) -> Thumbn
         title=label,
         colour=MUTED if label == "full" else operator_colours([label], {label: spec.operator})[label],
         count=count,
-        full=_runs({at for at, full in kinds.items() if full}),
-        partial=_runs({at for at, full in kinds.items() if not full}),
+        full=runs_of({at for at, full in kinds.items() if full}),
+        partial=runs_of({at for at, full in kinds.items() if not full}),
         rest=rest,
         strokes=_kept(window, sinks, kept, length),
         words=words,
@@ -130,7 +130,7 @@ def _both_ways(label: str, spec: Any, length: int) -> Thumbnail | None:
     words = [f"{percent(float(some.mean()), 0)} of the blocks,", f"{percent(float(mask.mean()), 0)} of the pairs"]
 
     def places(which: Any) -> list[tuple[int, int, int]]:
-        return _runs({(int(row), int(column)) for row, column in zip(*np.nonzero(which), strict=True)})
+        return runs_of({(int(row), int(column)) for row, column in zip(*np.nonzero(which), strict=True)})
 
     return Thumbnail(
         title=label,
@@ -170,7 +170,7 @@ def _growing_blocks(widths: Sequence[int], sinks: int) -> dict[tuple[int, int], 
     return found
 
 
-def _runs(places: set[tuple[int, int]]) -> list[tuple[int, int, int]]:
+def runs_of(places: set[tuple[int, int]]) -> list[tuple[int, int, int]]:
     """Blocks that stand side by side as one."""
     runs: list[tuple[int, int, int]] = []
     for row, column in sorted(places):

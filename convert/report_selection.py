@@ -35,9 +35,10 @@ def budgets_part(run: Artefacts) -> str:
             shares = [percent(x / original) if original and x is not None else number(None) for x in (limit, used)]
             amounts = [_amount(cost.get("resource"), x) for x in (limit, used, original)]
             cells = [f"{amounts[0]}<small>{shares[0]}</small>", f"{amounts[1]}<small>{shares[1]}</small>", amounts[2]]
-            where = f" at {tokens(cost['length'])} tokens" if cost.get("length") else ""
-            rows.append([escape(arm), escape(RESOURCES.get(cost.get("resource"), name) + where), *cells])
-        words += [f"<li><b>{escape(arm)}</b>: {told}</li>" for told in [_bound(entry)] if told]
+            where = f" at {tokens(cost['length'])} {run.words.tokens}" if cost.get("length") else ""
+            what = "heads" if run.images and name == "groups" else RESOURCES.get(cost.get("resource"), name)
+            rows.append([escape(arm), escape(what + where), *cells])
+        words += [f"<li><b>{escape(arm)}</b>: {told}</li>" for told in [_bound(entry, run.images)] if told]
     if not rows and not words:
         return ""
     shown = table(["Arm", "Budget", "Allowed", "Used", "Original"], rows, text=(0, 1)) if rows else ""
@@ -55,7 +56,7 @@ def _amount(resource: object, value: object) -> str:
     return f"{number(value)} ms" if resource in ("prefill_ms", "decode_ms") else number(value)
 
 
-def _bound(entry: Mapping[str, Any]) -> str:
+def _bound(entry: Mapping[str, Any], heads: bool) -> str:
     """How good the plan is, in words: what the integer program proved."""
     loss, bound, gap = (entry.get(key) for key in ("loss", "bound", "gap"))
     if loss is None or gap is None:
@@ -68,7 +69,7 @@ def _bound(entry: Mapping[str, Any]) -> str:
     near = "and no plan has less"
     if not proven:
         near = f"and no plan has less than {number(bound)}: this one is within {_share(gap)} of that"
-    return f"its groups lose {number(loss)} one by one, {near} ({how})"
+    return f"its {'heads' if heads else 'groups'} lose {number(loss)} one by one, {near} ({how})"
 
 
 def _share(gap: float) -> str:
@@ -92,23 +93,26 @@ def _front(run: Artefacts, pictures: Pictures) -> str:
     from .plots_selection import NAMES, pareto
 
     resource = RESOURCES.get(str(found.get("resource")), str(found.get("resource")))
-    x_label = f"{resource} at {tokens(found.get('length', 0))} tokens, % of the original's"
+    x_label = f"{resource} at {tokens(found.get('length', 0))} {run.words.tokens}, % of the original's"
     weight = found.get("needle_weight", 1)
     measured = found.get("method") == "damage"
     times = "" if weight == 1 else f"{weight:g} × "
-    what = f"KL + {times}needle loss" if measured else "output error"
+    judged_by = f"KL + {times}needle loss" if run.words.needles else run.words.loss
+    what = judged_by if measured else "output error"
+    heads = "heads" if run.images else "groups"
     joint = _joint(run, weight) if measured else {}
-    plot = pareto(found, x_label, f"sum over groups: {what}", joint)
+    plot = pareto(found, x_label, f"sum over {heads}: {what}", joint)
     if plot is None:
         return ""
     pictures |= {"front.svg": plot.svg, "front.png": plot.png}
     judged = "measured damages" if measured else "output errors, as no damage was measured"
     caption = (
-        f"Down and left is better. Every plan is judged by the same sum of its groups' {judged}; at each cost the line "
-        "is the least that any plan can have. Groups act together, so that a whole plan may lose more or less than "
-        "the sum: a hollow star is that, measured."
+        f"Down and left is better. Every plan is judged by the same sum of its {heads}' {judged}; at each cost the "
+        f"line is the least that any plan can have. {heads.capitalize()} act together, so that a whole plan may lose "
+        "more or less than the sum: a hollow star is that, measured."
     )
-    out = [f"{NAMES.get(name, name)} ({why})" for name, why in found.get("left_out", {}).items()]
+    left = {name: why for name, why in found.get("left_out", {}).items() if name not in run.words.foreign}
+    out = [f"{NAMES.get(name, name)} ({why})" for name, why in left.items()]
     missing = f'<p class="note">Not shown: {escape("; ".join(out))}.</p>' if out else ""
     return figure(plot.inline, caption) + _front_table(found, what, NAMES) + missing
 
@@ -148,25 +152,29 @@ def _refinement(run: Artefacts, pictures: Pictures) -> str:
         return ""
     from .plots_selection import refinement
 
-    plot = refinement(histories)
+    columns = ("predicted", "loss", "kl", "needle") if run.words.needles else ("predicted", "loss")
+    judged = "KL + weighted needle" if run.words.needles else run.words.loss
+    plot = refinement(histories, f"loss: {judged}")
     rows = []
     for arm, lines in histories.items():
         rows += [[escape(arm)]] if len(histories) > 1 else []
         for line in lines:
-            cells = [number(line.get(key)) for key in ("predicted", "loss", "kl", "needle")]
+            cells = [number(line.get(key)) for key in columns]
             verdict = "better" if line.get("kept") else ""
-            rows.append([f"{line.get('round')}: {escape(str(line.get('scores')))}", *cells, verdict])
-    head = ["Round: plan", "Loss, predicted", "Loss, measured", "KL", "Needle loss", ""]
+            plan = str(line.get("scores")).replace("KL", run.words.loss)
+            rows.append([f"{line.get('round')}: {escape(plan)}", *cells, verdict])
+    further = ["KL", "Needle loss"] if run.words.needles else []
+    head = ["Round: plan", "Loss, predicted", "Loss, measured", *further, ""]
     caption = (
         "Whole plans, measured: first those of several methods, then, round by round, those that the program gives "
-        "when every group is scored anew around the best so far. A filled dot was better than all before it; where a "
-        "cross lies far from its dot, the groups act together."
+        f"when every {'head' if run.images else 'group'} is scored anew around the best so far. A filled dot was "
+        "better than all before it; where a cross lies far from its dot, they act together."
     )
     drawn = ""
     if plot:
         pictures |= {"refinement.svg": plot.svg, "refinement.png": plot.png}
         drawn = figure(plot.inline, caption)
-    return "<h3>Refinement</h3>" + drawn + table(head, rows, text=(0, 5))
+    return "<h3>Refinement</h3>" + drawn + table(head, rows, text=(0, len(head) - 1))
 
 
 # --- what predicts damage ---------------------------------------------------------------------------------------------
@@ -182,14 +190,15 @@ def predictors_part(run: Artefacts, pictures: Pictures) -> str:
 
     drawn: list[tuple[str, str]] = []
     for name in list(panels)[:SCATTERS]:
-        plot = predictors(panels[name], f"retrieval score ≥ {RETRIEVES:g}", name)
+        marked = f"retrieval score ≥ {RETRIEVES:g}" if run.words.needles else ""
+        plot = predictors(panels[name], f"a {run.words.group}", marked, name)
         if plot:
             pictures |= {f"predictors-{name}.svg": plot.svg, f"predictors-{name}.png": plot.png}
             drawn.append((name, plot.inline))
     caption = (
-        "Each dot is a KV group: what a cheap score says of it, and what converting it alone was measured to cost. ρ "
-        "is Spearman's rank correlation, ±1 where the score puts the groups in the same order; damage of 0 and less "
-        "lies on the lower edge."
+        f"Each dot is a {run.words.group}: what a cheap score says of it, and what converting it alone was measured "
+        "to cost. ρ is Spearman's rank correlation, ±1 where the score puts them in the same order; damage of 0 and "
+        "less lies on the lower edge."
     )
     first = figure(drawn[0][1], f"<b>{escape(drawn[0][0])}.</b> {caption}") if drawn else ""
     more = "".join(details(f"The same for {name}", figure(picture)) for name, picture in drawn[1:])
@@ -209,12 +218,9 @@ def _panels(run: Artefacts, name: str) -> list[Panel]:
         rows = [(x, y, m) for x, y, m in zip(scores, harm, flags, strict=False) if x is not None and y is not None]
         if len(rows) >= 3:
             x, y, on = [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
-            unit = f"{MEASURES[measure]}, nats"
+            unit = run.words.loss + run.words.unit if measure == "kl" else "needle loss, nats"
             panels.append(Panel(title=title, score=x, damage=y, marked=on, rank=spearman(x, y), unit=unit))
     return panels
-
-
-MEASURES = {"kl": "KL", "needle": "needle loss"}
 
 
 def _rank_table(panels: Mapping[str, Sequence[Panel]]) -> str:

@@ -270,7 +270,10 @@ def _reason(task: Task, group: Group, spec: Spec, word: str | None, solved: Any)
     kl, needle = (cell(table.get(m), *group) for m in ("kl", "needle"))
     score = retrieval_score(task.profile, group)
     if task.settings.method == "damage" and kl is not None and needle is not None:
-        what = f"{label(shown)} costs KL {kl:.4f} and needle loss {needle:+.3f}"
+        lost = f"KL {kl:.4f} and needle loss {needle:+.3f}"
+        if task.profile.sites[group[0]].axes:  # a denoiser, which retrieves nothing
+            lost = f"velocity error {kl:.3g}"
+        what = f"{label(shown)} costs {lost}"
     else:
         what = f"{label(shown)} has a loss of {loss:.4g} by {task.settings.method}"
     return f"{verb}: {what}" + ("" if score is None else f"; retrieval {score:.2f}")
