@@ -336,15 +336,9 @@ def _one_stage(folder: Path, stage: str, terminal: Terminal) -> None:
 
 
 def _foresee(recipe: AnyRecipe, folder: Path, until: str, terminal: Terminal) -> None:
-    from .convert.inspection import stage_states
-    from .convert.runs import Run
-    from .convert.tables import stages_table
+    from .convert.outcomes import foreseen
 
-    run = Run.foresee(recipe, folder)
-    before = Run.open(folder).recipe if (folder / "recipe.yaml").is_file() else None
-    rows = stage_states(run, until, before)
-    where = Text(f"{recipe.name} in {folder}{'' if before else ' (new)'}")
-    terminal.result({"run": str(folder), "recipe": recipe.name, "stages": rows}, where, stages_table(rows))
+    terminal.result(*foreseen(recipe, folder, until, terminal.track))
 
 
 def _known_stage(stage: str) -> None:

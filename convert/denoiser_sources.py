@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
+from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,11 @@ PREDICTIONS = {  # what a class predicts where no scheduler says it
 }
 
 
-def fetch_denoiser(source: ModelSource, *, track: Track = silent) -> ModelFiles:
+def fetch_denoiser(source: ModelSource, *, encoders: bool = False, track: Track = silent) -> ModelFiles:
     """The files of a denoiser, downloaded if need be; of a pipeline its transformer or UNet, without the rest.
+
+    Args:
+        encoders: the pipeline's tokenizers and text encoders are wanted as well.
 
     Raises:
         AssetMissing: it cannot be had. UsageError: it is a model of text.
@@ -41,6 +46,9 @@ def fetch_denoiser(source: ModelSource, *, track: Track = silent) -> ModelFiles:
         parts = [source.subfolder] if source.subfolder else list(PARTS)
         names = [f"{part}/{name}" for part in parts for name in ("*.json", "*.safetensors")]
         wanted = ["model_index.json", "config.json", "scheduler/*.json", "conditions.safetensors", *names]
+        if encoders:  # SD 1.5 and others have the same weights in other formats and precisions beside these
+            kinds = ("*.json", "*.txt", "*.model", "model.safetensors", "model-*-of-*.safetensors")
+            wanted += [f"tokenizer*/{kind}" for kind in kinds[:3]] + [f"text_encoder*/{kind}" for kind in kinds]
         whole = ["*.safetensors"] if source.subfolder is None else []  # of a repository that is the denoiser alone
         root, revision, name = fetch_hub(source.hub, source.revision, wanted, whole, track)
     else:
@@ -75,14 +83,22 @@ def denoiser_class(folder: Path) -> Any:
         AssetMissing: there is no readable config. UsageError: it is no model of diffusers. PreflightError: diffusers is
         not installed.
     """
+    return class_of(_config(folder / "config.json"), folder)
+
+
+def _config(path: Path) -> dict[str, Any]:
     try:
-        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise AssetMissing(f"{folder}/config.json cannot be read: {one_line(error)}") from error
+        raise AssetMissing(f"{path} cannot be read: {one_line(error)}") from error
+
+
+def class_of(config: Mapping[str, Any], where: object) -> Any:
+    """The class of diffusers that a config names; `where` says in errors where it stands. Errors as above."""
     name = config.get("_class_name")
     if name is None:
         raise UsageError(
-            f"{folder} is no model of diffusers (its config names no _class_name): for a model of text leave the "
+            f"{where} is no model of diffusers (its config names no _class_name): for a model of text leave the "
             "section `images` out of the recipe"
         )
     try:
@@ -95,8 +111,40 @@ def denoiser_class(folder: Path) -> Any:
         return converted_class(str(name))
     found = getattr(diffusers, str(name), None)
     if found is None or not hasattr(found, "load_config"):
-        raise UsageError(f"{folder} holds a {name}, which diffusers {diffusers.__version__} does not have")
+        raise UsageError(f"{where} holds a {name}, which diffusers {diffusers.__version__} does not have")
     return found
+
+
+def architecture(source: ModelSource, *, track: Track = silent) -> tuple[dict[str, Any], Path]:
+    """The config of a denoiser and the file that it stands in, without its weights.
+
+    Of a hub model that of the local cache, else the one that attnconvert ships for well-known models, else it is
+    fetched alone.
+
+    Raises:
+        AssetMissing: it cannot be had.
+    """
+    if source.hub is None:
+        root = shipped_folder(source.shipped) if source.shipped else source.folder
+        if root is None:
+            raise UsageError("an image or video model comes from a hub id, a folder, or attnconvert itself (shipped)")
+        path = _denoiser_folder(root, source.subfolder) / "config.json"
+        return _config(path), path
+    import huggingface_hub
+
+    names = [f"{part}/config.json" for part in ([source.subfolder] if source.subfolder else PARTS)]
+    names += [] if source.subfolder else ["config.json"]
+    for name in names:
+        cached = huggingface_hub.try_to_load_from_cache(source.hub, name, revision=source.revision)
+        if isinstance(cached, str):
+            return _config(Path(cached)), Path(cached)
+    known = resources("attnconvert") / "recipes" / "configs" / f"{source.hub.rpartition('/')[2]}.json"
+    shipped = Path(str(known))
+    if shipped.is_file() and (found := _config(shipped)).get("_name_or_path") == source.hub:
+        return found, shipped
+    root, _, _ = fetch_hub(source.hub, source.revision, names, [], track)
+    path = next((root / name for name in names if (root / name).is_file()), root / names[0])
+    return _config(path), path
 
 
 def load_denoiser(files: ModelFiles, source: ModelSource) -> Any:

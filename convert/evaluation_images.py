@@ -6,6 +6,7 @@ import gc
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..kernels.spec import Spec
-from .costs import Costs, analytic, plan_cost
+from ..kernels.spec import Spec, Timed
+from .costs import Costs, analytic
 from .hosts.sites import Site
 from .image_metrics import Classifier, frechet, perceptual, psnr, ssim
 from .images import pixels
@@ -76,11 +77,29 @@ def judged(samples: Tensor, labels: Sequence[Any], fresh: Tensor, classifier: Cl
 
 
 def attention_flops(
-    plan: Mapping[Site, Sequence[Spec]], grid: Sequence[int], text: int, lengths: Sequence[int]
+    plan: Mapping[Site, Sequence[Spec]],
+    grid: Sequence[int],
+    text: int,
+    lengths: Sequence[int],
+    times: Sequence[float] = (),
 ) -> dict[int, float]:
-    """FLOPs of the attention of one step and one sample, by the cost model, at each number of image tokens."""
+    """FLOPs of the attention of one step and one sample, by the cost model, at each number of image tokens.
+
+    Args:
+        times: of the sampler's steps, whose mean counts where an operator changes with the time.
+    """
     costs: Costs = analytic(plan, (), lengths, 1, 2, grid, text)
-    return {n: plan_cost(costs, "flops", plan, n) for n in lengths}
+
+    def of(site: Site, spec: Spec, length: int) -> float:
+        if isinstance(spec, Timed) and times:
+            early = sum(t >= spec.above for t in times) / len(times)
+            return early * of(site, spec.early, length) + (1 - early) * of(site, spec.late, length)
+        return costs.group_cost("flops", site, spec, length)
+
+    return {
+        n: sum(of(site, spec, n) * count for site, specs in plan.items() for spec, count in Counter(specs).items())
+        for n in lengths
+    }
 
 
 # --- time and memory --------------------------------------------------------------------------------------------------

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from . import tables
 from .artefacts import read_artefacts
 from .files import read_json
-from .inspection import describe_plan
+from .inspection import describe_plan, stage_states
 from .report import REPORT
 from .runs import Run
+
+if TYPE_CHECKING:
+    from .progress import Track
+    from .recipe import AnyRecipe
 
 
 def outcome(run: Run, stage: str, width: int) -> tuple[Any, ...]:
@@ -39,6 +44,25 @@ def outcome(run: Run, stage: str, width: int) -> tuple[Any, ...]:
         return {"arms": found.logs}, tables.training_table(found.logs), places(run)
     checked = run.manifest()["metrics"].get("export") if run.recipe.export.verify else None
     return {"checkpoint": str(folder), "verified": checked}, _verified(checked), places(run)
+
+
+def foreseen(recipe: AnyRecipe, folder: Path, until: str, track: Track) -> tuple[Any, ...]:
+    """What would be done in a run of this folder, in the same form; of an image or video model what it will take too.
+
+    Nothing is written.
+    """
+    run = Run.foresee(recipe, folder)
+    before = Run.open(folder).recipe if (folder / "recipe.yaml").is_file() else None
+    rows = stage_states(run, until, before)
+    where = Text(f"{recipe.name} in {folder}{'' if before else ' (new)'}")
+    document = {"run": str(folder), "recipe": recipe.name, "stages": rows}
+    if recipe.kind == "text":
+        return document, where, tables.stages_table(rows)
+    from .foresight import foresee  # torch and diffusers, which the others do without
+    from .foresight_tables import foresight_parts
+
+    found = foresee(recipe, track)
+    return {**document, **found}, where, tables.stages_table(rows), *foresight_parts(found)
 
 
 def summary(run: Run, ran: Sequence[str], evaluation: Mapping[str, Any]) -> tuple[Any, ...]:

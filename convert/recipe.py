@@ -113,7 +113,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> AnyR
     """
     given = str(path_or_name)
     if given in shipped_recipes():
-        return parse_recipe(recipe_text(given), given, overrides)
+        return parse_recipe(recipe_text(given), given, overrides, folder=Path(str(files("attnconvert") / "recipes")))
     path = Path(given)
     if path.is_dir():
         raise UsageError(f"{given} is a folder; a recipe is a YAML file or one of {', '.join(shipped_recipes())}")

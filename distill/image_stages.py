@@ -83,7 +83,7 @@ def evaluate_images(
 
         plan = plans[arm].for_sites(work.sites)
         result[arm] = once(f"arm-{arm}", measure) | {
-            "flops_ratio": attention_flops(plan, grid, text, [tokens])[tokens] / dense,
+            "flops_ratio": attention_flops(plan, grid, text, [tokens], images.times)[tokens] / dense,
             "converted": plans[arm].converted,
             "operators": plans[arm].counts(),
             "trained": work.trained(arm) is not None,

@@ -101,6 +101,7 @@ def _train(
             p.requires_grad_(False)
 
 
+UNPROMPTED = 0.1  # share of noised states without the prompt, where the sampler is guided
 Teacher = Any  # a function that gives a context in which the model is the teacher
 
 
@@ -208,6 +209,9 @@ class _Losses:
             t = self.times[torch.randint(len(self.times), (len(rows),), generator=generator)]
             x, target = images.process.noised(data, noise, t), images.process.target(data, noise, t)
             entries, want = self.kept.entries[rows], None
+            if images.settings.guidance != 1:  # the sampler asks without the prompt too (Ho & Salimans, 2022)
+                without = torch.rand(len(rows), generator=generator) < UNPROMPTED
+                entries = torch.where(without, images.conditions.nulls(len(rows)), entries)
         x, t = x.to(device), t.to(device)
         outputs: dict[str, Tensor] = {}
         if want is None or settings.feature:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from ..convert.hosts.surgery import converted
 from ..convert.image_metrics import Classifier, load_classifier
 from ..convert.machine import number_type
 from ..convert.processes import Process
+from ..convert.prompts import stored_prompts
 from ..convert.sampling import Denoise, Drawn, Sampler, State, noise, sample
 from ..convert.seeds import rng
 from ..convert.states import Caller, States, states_of
@@ -33,10 +35,10 @@ CONDITIONS, CLASSIFIER = "conditions.safetensors", "classifier.safetensors"  # i
 
 
 class Images:
-    """The section `images` of a recipe, at work for one model."""
+    """The section `images` of a recipe, at work for one model; `bank` is where encoded prompts are kept."""
 
-    def __init__(self, settings: ImageSettings, files: ModelFiles, model: Any, track: Track) -> None:
-        self.settings, self.files, self.model, self.track = settings, files, model, track
+    def __init__(self, settings: ImageSettings, files: ModelFiles, model: Any, track: Track, bank: Path) -> None:
+        self.settings, self.files, self.model, self.track, self.bank = settings, files, model, track, bank
 
     @cached_property
     def conditions(self) -> Conditions:
@@ -45,7 +47,10 @@ class Images:
         Raises:
             AssetMissing: the file is not there. UsageError: guidance without an entry of no prompt.
         """
-        found = load_conditions(self.settings.conditions or self.files.folder / CONDITIONS)
+        if self.settings.prompts is not None:
+            found = encoded(self.settings.prompts, self.files, self.bank, self.model.dtype, self.track)
+        else:
+            found = load_conditions(self.settings.conditions or self.files.folder / CONDITIONS)
         if self.settings.guidance != 1 and found.null is None:
             raise UsageError(
                 f"images.guidance is {self.settings.guidance:g}, but the conditions have no entry without a prompt "
@@ -62,6 +67,11 @@ class Images:
     def sampler(self) -> Sampler:
         """Steps, guidance and shift."""
         return Sampler(steps=self.settings.steps, guidance=self.settings.guidance, shift=self.settings.shift)
+
+    @property
+    def times(self) -> list[float]:
+        """Of the sampler's steps, from 1 (noise) on."""
+        return list(self.process.times(self.settings.steps, self.settings.shift)[:-1].tolist())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -126,6 +136,12 @@ class Images:
         order = torch.randperm(steps, generator=rng("states", seed)).tolist()
         chosen = [[order[(2 * n + m) % steps] for m in range(2) if 2 * n + m < count] for n in range(samples)]
         return states_of(self.caller, self.process, drawn, self.entries(range(samples)), chosen, bands)
+
+
+def encoded(prompts: Path, files: ModelFiles, bank: Path, dtype: torch.dtype, track: Track) -> Conditions:
+    """What the pipeline's text encoders make of a file of prompts, kept in the file `bank`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return stored_prompts(bank, prompts, files.pipeline, device, dtype, track)
 
 
 def _kept(drawn: Drawn) -> Drawn:

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..convert.costs import Costs, require_costs
 from ..convert.costs_measure import here, measure_costs
 from ..convert.errors import UsageError
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from .images import Images
 
 log = logging.getLogger("attnconvert")
+CONDITIONS = "conditions.safetensors"
 STUDENT = "student"  # the arm that is exported
 COSTS = "costs.json"
 
@@ -77,7 +80,10 @@ class Work:
         log.info("loading %s", files.name)
         if self.recipe.kind == "images":
             from ..convert.denoiser_sources import load_denoiser
+            from .images import encoded
 
+            if prompts := self.recipe.images.prompts:  # the text encoders come and go before the denoiser is there
+                encoded(prompts, files, self._bank, getattr(torch, self.recipe.model.dtype), self.track)
             model, tokenizer = load_denoiser(files, self.recipe.model), None
         else:
             model, tokenizer = load_model(files, self.recipe.model)
@@ -90,7 +96,8 @@ class Work:
         if self.recipe.kind == "images":
             from ..convert.denoiser_sources import fetch_denoiser
 
-            return fetch_denoiser(self.recipe.model, track=self.track)
+            prompts = self.recipe.images.prompts is not None
+            return fetch_denoiser(self.recipe.model, encoders=prompts, track=self.track)
         return fetch_model(self.recipe.model, track=self.track)
 
     @cached_property
@@ -98,7 +105,12 @@ class Work:
         """What the model generates."""
         from .images import Images
 
-        return Images(self.of_images.images, self.files, self.model, self.track)
+        return Images(self.of_images.images, self.files, self.model, self.track, self._bank)
+
+    @property
+    def _bank(self) -> Path:
+        """Where encoded prompts are kept."""
+        return self.run.path / "conditions" / CONDITIONS
 
     @property
     def model(self) -> Any:

@@ -173,7 +173,8 @@ def _lists_with_cells(pairs: Mask, stored: Layout, block: tuple[int, int], count
 def prefill_cost(spec: Spec, shape: Shape, length: int) -> Cost:
     """Of all tokens at once: the pairs that are read, those with averaged keys too."""
     layout = grid.checked(spec, shape.layout, length)
-    pairs, cells = _pairs(mask(spec, layout), *arranged(spec, layout, "cpu")), _cells(spec, layout)
+    # the pairs are the same in any order and any blocks; large blocks are listed and counted sooner
+    pairs, cells = _pairs(mask(spec, layout), *arranged(spec, layout, "cuda")), _cells(spec, layout)
     more = 0.0
     if cells:
         pairs += math.prod(layout.grid) * _count(layout, cells)

@@ -186,6 +186,7 @@ def test_samples_of_a_batch_may_be_padded_each_in_its_way() -> None:
 
 
 def test_sites_of_a_large_model_are_found_without_its_weights(caplog) -> None:
+    caplog.set_level("INFO")
     with torch.device("meta"):
         flux = diffusers.FluxTransformer2DModel(guidance_embeds=True)
         video = diffusers.WanTransformer3DModel()

@@ -286,7 +286,7 @@ def find_sites(model: Any, tolerance: float = 1e-5) -> list[Site]:
         raise Unsupported(f"{type(model).__name__}: {what} does not call scaled_dot_product_attention")
     found = list(sites.values())
     if model.device.type == "meta":
-        log.warning("%s is on the meta device: its sites are found, not compared", type(model).__name__)
+        log.info("%s is on the meta device: its sites are found, not compared", type(model).__name__)
     else:
         _check_full(model, found, grid, text, tolerance)
     return found
