@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .convert import evaluation
 from .convert.budgets import refuse_budgets
 from .convert.card import model_card
+from .convert.checkpoints import is_denoiser, model_folder, require_whole, weights_dtype
 from .convert.costs import Costs
 from .convert.damage import Group, Joint, marginal_damage
 from .convert.errors import UsageError
@@ -280,11 +281,17 @@ def export_stage(work: Work) -> None:
         plan = read_plan(work.run.plan).for_sites(work.sites)
         if work.recipe.kind == "images":
             from .convert.card_images import image_card
-            from .convert.export_images import export_images, verify_images
+            from .convert.export_images import export_images, verify_images, whole_pipeline
 
-            told = evaluation_of(work.run)
-            card = image_card(work.recipe, work.run.manifest(), type(student).__name__, told)
-            export_images(student, plan, folder, card, work.recipe.export.dtype)
+            where, part = work.files.pipeline, work.files.folder.name
+            card = image_card(
+                work.recipe,
+                work.run.manifest(),
+                type(student).__name__,
+                evaluation_of(work.run),
+                part if whole_pipeline(where, part) else None,
+            )
+            export_images(student, plan, folder, card, work.recipe.export.dtype, where, part)
             if work.recipe.export.verify:
                 work.run.record(metrics={"export": verify_images(student, folder)})
             return
@@ -401,7 +408,18 @@ def _gates_of_text(run: Run, document: Mapping[str, Any]) -> list[dict[str, Any]
 
 
 def load_exported(folder: Path, track: Track = silent) -> Any:
-    """The model of a checkpoint that `export` wrote, its conversion installed; a damaged one is an AssetMissing."""
+    """The model of a checkpoint that `export` wrote, its conversion installed.
+
+    Raises:
+        AssetMissing: it is damaged, or a file is not what was exported. UsageError: a newer attnconvert wrote it.
+    """
+    require_whole(folder)
+    if is_denoiser(folder):
+        from .convert.denoiser_sources import fetch_denoiser, load_denoiser
+
+        own = model_folder(folder).absolute()
+        source = ModelSource(folder=own, dtype=weights_dtype(own))
+        return load_denoiser(fetch_denoiser(source, track=track), source)
     source = ModelSource(folder=folder.absolute(), dtype=read_json(folder / "config.json")["dtype"])
     return load_model(fetch_model(source, track=track), source)[0]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .artefacts import dig, read_artefacts
+from .checkpoints import is_denoiser, is_exported, model_folder, weights_dtype
 from .errors import UsageError
 from .files import read_json
 from .keys import STAGES, UPSTREAM, sections_of
@@ -91,18 +92,6 @@ def _brief(value: Any) -> str:
 
 
 # --- models and plans -------------------------------------------------------------------------------------------------
-
-
-def is_exported(folder: Path) -> bool:
-    """Whether the folder is a checkpoint that `export` wrote."""
-    config = folder / "config.json"
-    return config.is_file() and isinstance(read_json(config), dict) and "attnconvert" in read_json(config)
-
-
-def is_of_images(folder: Path) -> bool:
-    """Whether an exported checkpoint is of an image or video model."""
-    config = folder / "config.json"  # which a whole pipeline of diffusers does not have
-    return not config.is_file() or "_class_name" in read_json(config)
 
 
 def exported_folder(folder: Path) -> Path:
@@ -264,8 +253,10 @@ def _plan_of(folder: Path) -> tuple[Mapping[Any, Any], Path, str]:
     from .profiling import Profile
 
     if is_exported(folder):
-        config = read_json(folder / "config.json")
-        return read_plan_block(config["attnconvert"]), folder / "config.json", str(config.get("dtype"))
+        own = model_folder(folder)
+        config = read_json(own / "config.json")
+        dtype = weights_dtype(own) if is_denoiser(folder) else str(config.get("dtype"))
+        return read_plan_block(config["attnconvert"]), own / "config.json", dtype
     run = Run.open(folder)
     measured = run.folder("profile") / "profile.json"
     if not run.plan.exists() or not measured.exists():

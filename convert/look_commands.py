@@ -22,12 +22,13 @@ def bench_wanted(folder: Path, lengths: str | None, sizes: str | None) -> tuple[
     Raises:
         UsageError: it is no checkpoint, or the numbers are not of its kind.
     """
-    from .inspection import exported_folder, is_of_images
+    from .checkpoints import is_denoiser
+    from .inspection import exported_folder
 
     given = [parse_lengths(lengths)] if lengths is not None else []
     shapes = parse_sizes(sizes) if sizes is not None else []
     checkpoint = exported_folder(folder)
-    if is_of_images(checkpoint):
+    if is_denoiser(checkpoint):
         if given:
             raise UsageError(f"{checkpoint} is an image or video model: give --sizes, such as --sizes {SIZES}")
         return checkpoint, [], shapes or parse_sizes(SIZES)
@@ -73,13 +74,14 @@ def inspect(
     [dim]Example:[/dim] attnconvert inspect runs/demo/export
     """
     from . import inspection, tables
+    from .checkpoints import is_exported
     from .runs import Run
     from .wording import IMAGES, TEXT
 
     terminal = Terminal(as_json=as_json, verbose=verbose, quiet=quiet)
     folder = Path(target)
     is_run = (folder / "recipe.yaml").is_file()
-    if not is_run and not inspection.is_exported(folder):
+    if not is_run and not is_exported(folder):
         terminal.result(*_model(target, terminal))
         return
     stages = inspection.stage_states(Run.open(folder)) if is_run else []
