@@ -33,7 +33,21 @@ from attnconvert.convert.report_images import conclusions, gate_name
 from attnconvert.convert.runs import Run
 from attnconvert.convert.wording import IMAGES, TEXT, of_sites
 from attnconvert.kernels.masks import Layout
-from attnconvert.kernels.spec import Agent, Disc, Full, Linear, Sla, Sparse, Tiles, Timed, label, spec_to_dict
+from attnconvert.kernels.spec import (
+    Agent,
+    Disc,
+    Frames,
+    Full,
+    Linear,
+    Radial,
+    References,
+    Sla,
+    Sparse,
+    Tiles,
+    Timed,
+    label,
+    spec_to_dict,
+)
 
 RECIPE = """
 name: tiny-flux
@@ -383,6 +397,17 @@ def test_every_operator_of_a_grid_has_a_thumbnail() -> None:
         in thumbnail("agent", Agent(agents=(2, 3)), Layout(grid=(8, 8), text_first=4), "cpu").words
     )
     assert area(thumbnail("linear", Linear(), layout, "cpu").rest) == 25
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [Radial(decay=0.2, floor=2, neighbour=0.2), References(every=2), Frames(before=1), Disc(radius=2), Sla(keep=0.2)],
+    ids=label,
+)
+def test_operators_of_videos_have_thumbnails_too(spec: Any) -> None:
+    drawn = thumbnail(label(spec), spec, Layout(grid=(4, 6, 8), text_last=5), "cpu")
+    shown = area(drawn.full) + area(drawn.partial)
+    assert 0 < shown < (drawn.rows or drawn.count) * drawn.count
 
 
 def test_large_grids_are_drawn_in_larger_blocks() -> None:
