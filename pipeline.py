@@ -434,15 +434,30 @@ def evaluate_exported(work: Work) -> dict[str, Any]:
     return document
 
 
-def bench(folder: Path, lengths: Sequence[int], repeats: int, decode_tokens: int, track: Track) -> dict[str, Any]:
-    """Times of a checkpoint and of its own weights with full attention, measured in turns."""
+def bench(
+    folder: Path,
+    lengths: Sequence[int],
+    sizes: Sequence[Sequence[int]],
+    repeats: int,
+    decode_tokens: int,
+    track: Track,
+) -> dict[str, Any]:
+    """Times of a checkpoint and of its own weights with full attention, measured in turns.
+
+    Args:
+        lengths, decode_tokens: of a model of text; sizes: of the latents of an image or video model.
+    """
     student = load_exported(folder, track)
     shared = {id(x): x for x in (*student.parameters(), *student.buffers())}
     teacher = copy.deepcopy(student, shared)
     teacher.conversion.remove()
-    found = evaluation.speed(teacher, student, lengths, repeats, decode_tokens, track)
     dtype = str(student.dtype).removeprefix("torch.")
-    return {"checkpoint": str(folder), "machine": hardware(), "dtype": dtype, "speed": found}
+    found: dict[str, Any] = {"checkpoint": str(folder), "machine": hardware(), "dtype": dtype}
+    if is_denoiser(folder):
+        from .convert.bench_images import bench_steps
+
+        return found | bench_steps(teacher, student, sizes, repeats, track)
+    return found | {"speed": evaluation.speed(teacher, student, lengths, repeats, decode_tokens, track)}
 
 
 def require_gates(document: Mapping[str, Any]) -> None:

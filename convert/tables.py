@@ -155,6 +155,19 @@ def speed_table(speed: Mapping[str, Any]) -> Table:
     return table("Teacher against student", ["tokens", "", "teacher", "student", "ratio"], rows, left=2)
 
 
+def step_table(speed: Mapping[str, Any]) -> Table:
+    """Teacher against student in a step of the sampler, at every size of the latents."""
+    rows = []
+    for name, entry in sorted(speed.items(), key=lambda item: int(item[1]["tokens"])):
+        both = [entry[arm] for arm in ("teacher", "student")]
+        times = [duration(arm["step_s"]) for arm in both]
+        rows.append([name, tokens(entry["tokens"]), "a step", *times, f"{number(entry['speedup'])}× as fast"])
+        share = both[1]["peak_bytes"] / max(1, both[0]["peak_bytes"])
+        held = [size(arm["peak_bytes"]) for arm in both]
+        rows.append([name, tokens(entry["tokens"]), "its memory", *held, f"{number(share)}× the bytes"])
+    return table("Teacher against student", ["latents", "tokens", "", "teacher", "student", "ratio"], rows, left=3)
+
+
 # --- models and plans -------------------------------------------------------------------------------------------------
 
 
