@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 LENGTHS = (8192, 32768)  # tokens at which the cache of a plan is compared with the full one
 ENCODED = (512,)  # and the work of an encoder's
+SHOWN = {2: (64, 64), 3: (16, 32, 48)}  # and that of image and video tokens, by the axes of their grid
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -177,6 +179,7 @@ def describe_plan(folder: Path) -> dict[str, Any]:
     labels = [label(spec) for specs in plan.values() for spec in specs]
 
     lengths = LENGTHS if all(site.causal for site in plan) else ENCODED
+    axes = max(site.axes for site in plan)
 
     def ratios(name: str) -> dict[str, float]:
         """Of what full attention takes, by length; nothing where that is nothing, as an encoder's cache."""
@@ -189,13 +192,26 @@ def describe_plan(folder: Path) -> dict[str, Any]:
         "groups": len(labels),
         "converted": sum(name != "full" for name in labels) / max(1, len(labels)),
         "operators": {name: labels.count(name) for name in dict.fromkeys(labels)},
-        **{f"{name}_ratio": ratios(f"{name}_bytes" if name == "kv" else name) for name in ("kv", "flops")},
+        **(
+            _image_ratios(plan, full, SHOWN[axes])
+            if axes
+            else {f"{name}_ratio": ratios(f"{name}_bytes" if name == "kv" else name) for name in ("kv", "flops")}
+        ),
         "sites": [
             {"name": site.name, "layer": site.layer, "groups": [label(spec) for spec in specs]}
             for site, specs in plan.items()
         ],
         "evaluation": dict(found.evaluation) if found and found.status["evaluate"] == "done" else None,
     }
+
+
+def _image_ratios(plan: Mapping[Any, Any], full: Mapping[Any, Any], grid: Sequence[int]) -> dict[str, dict[str, float]]:
+    """FLOPs on a grid of tokens, by their number; there is no cache."""
+    from .evaluation_images import attention_flops
+
+    tokens = math.prod(grid)
+    mine, dense = (attention_flops(which, grid, 0, [tokens])[tokens] for which in (plan, full))
+    return {"kv_ratio": {}, "flops_ratio": {str(tokens): mine / dense}}
 
 
 def _plan_of(folder: Path) -> tuple[Mapping[Any, Any], Path, str]:
