@@ -17,11 +17,8 @@ from attnconvert.convert.hosts.denoising import (
     pack,
     positions,
     predict,
-    token_grid,
     unpack,
 )
-from attnconvert.convert.hosts.diffusers import Moment
-from attnconvert.convert.hosts.grids import denoiser
 from attnconvert.convert.hosts.sites import Unsupported
 
 
@@ -124,18 +121,3 @@ def test_calls_that_do_not_fit_are_refused() -> None:
     xl = denoisers.tiny("unet-xl")
     with pytest.raises(UsageError, match="SDXL denoiser needs pooled_projections"):
         arguments(xl, x, t, denoisers.DENOISERS["unet"][2])
-
-
-@pytest.mark.parametrize("name", denoisers.DENOISERS)
-def test_the_grid_of_a_size_is_the_one_that_the_call_comes_to(name: str) -> None:
-    _, _, conditions, size = denoisers.DENOISERS[name]
-    model = denoisers.tiny(name)
-    given = arguments(model, torch.zeros(2, *latent_shape(model, size)), torch.full((2,), 0.5), conditions)
-    assert token_grid(model, size) == denoiser(model).grid(model.config, given, Moment())
-
-
-def test_sizes_that_leave_part_of_a_patch_are_refused() -> None:
-    with pytest.raises(UsageError, match="latents of 6×7 cannot be cut into the patches of 2×2"):
-        token_grid(denoisers.tiny("flux"), (6, 7))
-    with pytest.raises(UsageError, match="are \\(height, width\\)"):
-        token_grid(denoisers.tiny("flux"), (2, 6, 8))

@@ -234,25 +234,6 @@ def latent_shape(model: Any, size: Sequence[int]) -> tuple[int, ...]:
     return channels(model), *size
 
 
-def token_grid(model: Any, size: Sequence[int]) -> tuple[int, ...]:
-    """The grid of image or video tokens of latents of `size`, (H, W) or (T, H, W): as many as there are patches.
-
-    Raises:
-        UsageError: the size has the wrong number of axes, or is not in whole patches.
-    """
-    shape = latent_shape(model, size)[1:]
-    config = inner(model).config
-    found = getattr(config, "patch_size", None) or 1
-    if form_of(model).packed > 1:
-        found = PATCH
-    frames = [getattr(config, "patch_size_t", None) or 1] if len(shape) == 3 else []
-    patch = tuple(found) if isinstance(found, tuple | list) else (*frames, found, found)
-    if any(n % p for n, p in zip(shape, patch, strict=True)):
-        sizes, patches = ("×".join(map(str, numbers)) for numbers in (shape, patch))
-        raise UsageError(f"latents of {sizes} cannot be cut into the patches of {patches} of {type(model).__name__}")
-    return tuple(n // p for n, p in zip(shape, patch, strict=True))
-
-
 def arguments(model: Any, x: Tensor, t: Tensor, conditions: Given, calling: Calling | None = None) -> dict[str, Any]:
     """What the model's `forward` is given for latents x at times t (B,) and conditions by name, each (B, …).
 
