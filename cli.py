@@ -374,7 +374,9 @@ def bench(
     ] = None,
     sizes: Annotated[
         str | None,
-        typer.Option(help="Of an image model sizes of the latents; else 64x64,128x128.", show_default=False),
+        typer.Option(
+            help="Of an image model sizes of the latents; else 64x64,128x128 (13x60x104).", show_default=False
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed repeats; the median counts.")] = 3,
     decode_tokens: Annotated[int, typer.Option(min=0, help="Tokens decoded after each prefill.")] = 16,
@@ -392,7 +394,7 @@ def bench(
 
     terminal = Terminal(as_json=as_json, verbose=verbose, quiet=quiet)
     checkpoint, numbers, shapes = bench_wanted(folder, lengths, sizes)
-    found = _pipeline().bench(checkpoint, numbers, repeats, decode_tokens, terminal.track, shapes)
+    found = _pipeline().bench(checkpoint, numbers, shapes, repeats, decode_tokens, terminal.track)
     terminal.result(found, *bench_result(found))
 
 

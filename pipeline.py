@@ -22,7 +22,6 @@ from .convert.files import read_json, stored, write_json
 from .convert.fronts import front
 from .convert.hosts.models import is_encoder
 from .convert.hosts.sites import all_full
-from .convert.hosts.surgery import is_diffusion
 from .convert.keys import STAGES
 from .convert.machine import hardware
 from .convert.observation import Table
@@ -435,16 +434,16 @@ def evaluate_exported(work: Work) -> dict[str, Any]:
 
 
 def bench(
-    folder: Path, lengths: Sequence[int], repeats: int, decode_tokens: int, track: Track, sizes: Sequence[Any] = ()
+    folder: Path, lengths: Sequence[int], sizes: Sequence[Any], repeats: int, decode_tokens: int, track: Track
 ) -> dict[str, Any]:
     """Times of a checkpoint and of its own weights with full attention, in turns; `sizes` are a denoiser's latents."""
     student = load_exported(folder, track)
     shared = {id(x): x for x in (*student.parameters(), *student.buffers())}
     teacher = copy.deepcopy(student, shared)
     teacher.conversion.remove()
-    about = {"checkpoint": str(folder), "machine": hardware(), "dtype": str(student.dtype).removeprefix("torch.")}
-    if is_diffusion(student):
+    found = {"checkpoint": str(folder), "machine": hardware(), "dtype": str(student.dtype).removeprefix("torch.")}
+    if is_denoiser(folder):
         from .convert.bench_images import bench_steps
 
-        return about | bench_steps(teacher, student, sizes, repeats, track)
-    return about | {"speed": evaluation.speed(teacher, student, lengths, repeats, decode_tokens, track)}
+        return found | bench_steps(teacher, student, sizes, repeats, track)
+    return found | {"speed": evaluation.speed(teacher, student, lengths, repeats, decode_tokens, track)}

@@ -195,9 +195,9 @@ def _price(selection: Mapping[str, Any], site: Site, group: Group, spec: Spec) -
     if not found:
         return
     how = "as little as" if spec == Full() else "as much as"
+    shown, limit = (found[key].replace("groups", "heads") if site.axes else found[key] for key in ("shown", "limit"))
     yield (
-        f"  it would become {found['to']} if {found['budget']} were {how} about {found['shown']} "
-        f"(now {found['limit']}); "
+        f"  it would become {found['to']} if {found['budget']} were {how} about {shown} (now {limit}); "
         f"that costs {found['price']:.3g} of loss per unit saved, the budget's price is {found['now']:.3g}"
     )
 

@@ -209,9 +209,8 @@ def verify_images(student: Any, folder: Path) -> dict[str, Any]:
     calls = [dummy_inputs(student, grid, batch=batch) for grid in grids for batch in (1, 2)]
     expected = [student(**inputs)[0].cpu() for inputs in calls]
     part = denoiser_part(folder)
-    others = [name for name in components(folder) if (folder / name / "config.json").is_file()] if part else []
     given = {"base": _base(student), "dtype": student.dtype, "calls": calls, "part": part}
-    given["others"] = [name for name in others if name != part]  # those that have weights
+    given["others"] = _others(folder) if part else []
     result: dict[str, Any] = {}
     for way in ("remote", "installed"):
         with tempfile.TemporaryDirectory() as where:
@@ -229,6 +228,13 @@ def verify_images(student: Any, folder: Path) -> dict[str, Any]:
         sizes = ["x".join(map(str, grid)) for grid in grids]
         result[way] = {"class": found["class"], "grids": sizes, "batches": [1, 2], "error": error}
     return result
+
+
+def _others(folder: Path) -> list[str]:
+    """The components of a pipeline beside its denoiser that have weights, and those that are not there."""
+    mine, listed = components(folder), read_json(folder / INDEX).items()
+    models = [name for name in mine if (folder / name / "config.json").is_file() and name != denoiser_part(folder)]
+    return models + [name for name, value in listed if isinstance(value, list) and name not in mine]
 
 
 def _grids(student: Any) -> list[tuple[int, ...]]:

@@ -110,6 +110,26 @@ def exported_folder(folder: Path) -> Path:
     raise UsageError(f"{folder} {what}: give the folder that `attnconvert export` or `attnconvert run` wrote")
 
 
+def sizes_of(folder: Path, given: str | None) -> list[tuple[int, ...]]:
+    """The sizes of latents on which a checkpoint is timed; none of a model of text.
+
+    Raises:
+        UsageError: they do not fit its kind, or are none.
+    """
+    if not is_denoiser(folder):
+        if given is not None:
+            raise UsageError(f"--sizes is for image and video models; {folder} is of text: give --lengths")
+        return []
+    block = read_json(model_folder(folder) / "config.json")["attnconvert"]
+    axes = max(site["axes"] for site in block["sites"].values())
+    named = given or ("64x64,128x128" if axes == 2 else "13x60x104")
+    parts = [part.strip().split("x") for part in named.split(",")]
+    if any(len(part) != axes or not all(n.isdecimal() and int(n) > 0 for n in part) for part in parts):
+        form = "64x64,128x128, heights and widths" if axes == 2 else "13x60x104, frames, height and width"
+        raise UsageError(f"--sizes {named}: give sizes of the latents, such as {form}")
+    return [tuple(int(n) for n in part) for part in parts]
+
+
 def describe_model(source: ModelSource, track: Track) -> dict[str, Any]:
     """The sites of a model, and which operators each could take.
 

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from .errors import UsageError
-from .options import AsJson, Quiet, Verbose, command, parse_lengths, parse_sizes
+from .options import AsJson, Quiet, Verbose, command, parse_lengths
 from .terminal import Terminal
 
 LENGTHS, SIZES = "2048,8192", "64x64,128x128"
@@ -23,18 +23,15 @@ def bench_wanted(folder: Path, lengths: str | None, sizes: str | None) -> tuple[
         UsageError: it is no checkpoint, or the numbers are not of its kind.
     """
     from .checkpoints import is_denoiser
-    from .inspection import exported_folder
+    from .inspection import exported_folder, sizes_of
 
     given = [parse_lengths(lengths)] if lengths is not None else []
-    shapes = parse_sizes(sizes) if sizes is not None else []
     checkpoint = exported_folder(folder)
     if is_denoiser(checkpoint):
         if given:
             raise UsageError(f"{checkpoint} is an image or video model: give --sizes, such as --sizes {SIZES}")
-        return checkpoint, [], shapes or parse_sizes(SIZES)
-    if shapes:
-        raise UsageError(f"{checkpoint} is a model of text: give --lengths, such as --lengths {LENGTHS}")
-    return checkpoint, given[0] if given else parse_lengths(LENGTHS), []
+        return checkpoint, [], sizes_of(checkpoint, sizes)
+    return checkpoint, given[0] if given else parse_lengths(LENGTHS), sizes_of(checkpoint, sizes)
 
 
 def bench_result(found: Mapping[str, Any]) -> list[Any]:
@@ -45,7 +42,7 @@ def bench_result(found: Mapping[str, Any]) -> list[Any]:
     told = ", ".join([machine["cpu"], f"{machine['cores']} cores", *machine["gpu"], f"{found['dtype']}, batch 1"])
     images = found.get("kind") == "images"
     shown = [steps_table(found), *pace(found)] if images else [speed_table(found["speed"])]
-    prompt = f", a prompt of {found['text']} tokens, no guidance" if images else ""
+    prompt = f", a prompt of {found['prompt']} tokens, no guidance" if images else ""
     return [*shown, Text(f"{found['checkpoint']} on {told}{prompt}.", style="dim")]
 
 

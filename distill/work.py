@@ -233,6 +233,11 @@ class Work:
         It is costs/costs.json of the run if that says all that is asked for and was measured here; else, or with
         `again`, what is missing is measured. Lengths of the table stay in it.
         """
+        if self.recipe.kind == "images":
+            raise UsageError(
+                "operators are not timed one by one in an image or video model: its budgets are in flops; "
+                "evaluate.speed.sizes times a step, and `attnconvert bench` one of the exported checkpoint"
+            )
         path, wanted = self.run.path / "costs" / COSTS, {*(lengths or self.cost_lengths())}
         dtype, known = str(self.model.dtype).removeprefix("torch."), None
         if path.exists():

@@ -10,7 +10,15 @@ import torch
 
 from attnconvert.convert.errors import UsageError
 from attnconvert.convert.hosts import denoising
-from attnconvert.convert.hosts.denoising import Calling, arguments, latent_shape, pack, positions, predict, unpack
+from attnconvert.convert.hosts.denoising import (
+    Calling,
+    arguments,
+    latent_shape,
+    pack,
+    positions,
+    predict,
+    unpack,
+)
 from attnconvert.convert.hosts.sites import Unsupported
 
 

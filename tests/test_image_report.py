@@ -19,7 +19,6 @@ from attnconvert.convert.evaluation_images import check_image_gates
 from attnconvert.convert.explain import explain
 from attnconvert.convert.keys import STAGES
 from attnconvert.convert.look_commands import bench_wanted
-from attnconvert.convert.options import parse_sizes
 from attnconvert.convert.outcomes import outcome, places, summary
 from attnconvert.convert.plan import read_plan
 from attnconvert.convert.plots_images import objectives, over_bands, steps
@@ -33,7 +32,21 @@ from attnconvert.convert.report_images import conclusions, gate_name
 from attnconvert.convert.runs import Run
 from attnconvert.convert.wording import IMAGES, TEXT, of_sites
 from attnconvert.kernels.masks import Layout
-from attnconvert.kernels.spec import Agent, Disc, Full, Linear, Sla, Sparse, Tiles, Timed, label, spec_to_dict
+from attnconvert.kernels.spec import (
+    Agent,
+    Disc,
+    Frames,
+    Full,
+    Linear,
+    Radial,
+    References,
+    Sla,
+    Sparse,
+    Tiles,
+    Timed,
+    label,
+    spec_to_dict,
+)
 
 RECIPE = """
 name: tiny-flux
@@ -385,6 +398,17 @@ def test_every_operator_of_a_grid_has_a_thumbnail() -> None:
     assert area(thumbnail("linear", Linear(), layout, "cpu").rest) == 25
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [Radial(decay=0.2, floor=2, neighbour=0.2), References(every=2), Frames(before=1), Disc(radius=2), Sla(keep=0.2)],
+    ids=label,
+)
+def test_operators_of_videos_have_thumbnails_too(spec: Any) -> None:
+    drawn = thumbnail(label(spec), spec, Layout(grid=(8, 8, 8), text_last=5), "cpu")
+    shown = area(drawn.full) + area(drawn.partial)
+    assert 0 < shown < (drawn.rows or drawn.count) * drawn.count
+
+
 def test_large_grids_are_drawn_in_larger_blocks() -> None:
     drawn = thumbnail("disc", Disc(radius=2), Layout(grid=(96, 96)), "cpu")
     assert drawn.rows <= 128
@@ -464,20 +488,17 @@ def test_a_bench_is_shown_with_its_slower_sizes_and_where_it_breaks_even() -> No
     assert "Slower than the original at 32x32" in words
 
 
-def test_sizes_are_read_and_wrong_ones_told() -> None:
-    assert parse_sizes("64x64, 13x60x90") == [(64, 64), (13, 60, 90)]
-    for wrong in ("64", "64x", "axb", "0x64", "1x2x3x4", ""):
-        with pytest.raises(UsageError, match="--sizes"):
-            parse_sizes(wrong)
-
-
 def test_a_bench_takes_lengths_of_text_and_sizes_of_images(tmp_path: Path) -> None:
     for kind, config in (("text", {}), ("images", {"_class_name": "ConvertedFlux"})):
         (tmp_path / kind).mkdir()
-        files.write_json(tmp_path / kind / "config.json", {"attnconvert": {"format": 1}, **config})
+        block = {"format": 1, "sites": {"blocks.0": {"axes": 2}}}
+        files.write_json(tmp_path / kind / "config.json", {"attnconvert": block, **config})
     assert bench_wanted(tmp_path / "text", None, None)[1:] == ([2048, 8192], [])
     assert bench_wanted(tmp_path / "images", None, "32x48")[1:] == ([], [(32, 48)])
     assert bench_wanted(tmp_path / "images", None, None)[1:] == ([], [(64, 64), (128, 128)])
+    for wrong in ("64", "64x", "axb", "0x64", "2x64x64", ""):
+        with pytest.raises(UsageError, match="--sizes|give sizes"):
+            bench_wanted(tmp_path / "images", None, wrong or "x")
     with pytest.raises(UsageError, match="give --sizes"):
         bench_wanted(tmp_path / "images", "2048", None)
     with pytest.raises(UsageError, match="give --lengths"):
