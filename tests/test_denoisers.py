@@ -482,9 +482,10 @@ def test_a_saved_conversion_loads_as_it_was_and_as_nothing_else(name, tmp_path) 
         ".processor.attnconvert." in key for key in first.load_state_dict(model.state_dict(), False).missing_keys
     )
     first.save_pretrained(tmp_path / "first")
-    again = cls.from_pretrained(tmp_path / "first")
+    # weights that are read in place may lie at odd addresses, where sums are rounded in another order
+    again = cls.from_pretrained(tmp_path / "first", disable_mmap=True)
     again.save_pretrained(tmp_path / "again")
-    last = cls.from_pretrained(tmp_path / "again")
+    last = cls.from_pretrained(tmp_path / "again", disable_mmap=True)
     inputs = dummy_inputs(model, GRIDS[2][0])
     assert torch.equal(run(last, inputs), run(first, inputs))
     assert [*last.conversion.sites] == [site.name for site in sites]
