@@ -19,7 +19,7 @@ from ..kernels.spec import Spec, Timed
 from .costs import Costs, analytic
 from .hosts.sites import Site
 from .image_metrics import Classifier, frechet, perceptual, psnr, ssim
-from .images import pixels
+from .images import scaled
 from .recipe_images import size_name
 from .states import States
 
@@ -53,13 +53,14 @@ def velocity(teacher: Any, student: Any, states: States, track: Track, title: st
 def likeness(
     teacher: Tensor, student: Tensor, labels: Sequence[Any], fresh: Tensor, classifier: Classifier | None
 ) -> dict[str, float]:
-    """How near the student's samples are to the teacher's of the same noise, (N, C, …) in [−1, 1].
+    """How near the student's samples are to the teacher's of the same noise, (N, C, …).
 
-    `psnr` in dB and `ssim` are of pixels in [0, 1]; with a classifier `perceptual` distance, the share of the `right`
+    `psnr` in dB and `ssim` are of pixels, or of latents as `images.scaled` makes them comparable; with a classifier `perceptual` distance, the share of the `right`
     class by `labels`, and `frechet`, the distance of its features to those of `fresh` samples of the teacher.
     """
     found: dict[str, float] = {}
-    same = pixels(student), pixels(teacher)
+    want, got = scaled([teacher, student])
+    same = got, want
     found["psnr"] = float(psnr(*same).clamp_max(100.0).mean())
     if min(teacher.shape[-2:]) >= LEAST:
         found["ssim"] = float(ssim(*same).mean())

@@ -20,6 +20,27 @@ def pixels(x: Tensor) -> Tensor:
     return ((x.float() + 1) / 2).clamp(0, 1)
 
 
+def scaled(samples: Sequence[Tensor]) -> list[Tensor]:
+    """Samples (N, C, …) in [0, 1], all on the scale of the first: pixels, which have 1 or 3 channels, from [−1, 1];
+    latents from the least value of each channel of the first to its greatest.
+    """
+    first = samples[0].float()
+    if first.shape[1] in (1, 3):
+        return [pixels(x) for x in samples]
+    axes = [n for n in range(first.ndim) if n != 1]
+    low, high = first.amin(axes, keepdim=True), first.amax(axes, keepdim=True)
+    return [((x.float() - low) / (high - low).clamp_min(1e-6)).clamp(0, 1) for x in samples]
+
+
+def visible(samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Samples (N, C, …) by name as images of 1 or 3 channels in [0, 1].
+
+    Latents have no colours without their decoder: their first three channels are shown as red, green and blue.
+    """
+    shown = dict(zip(samples, scaled(list(samples.values())), strict=True))
+    return {name: x[:, :3] if x.shape[1] > 2 else x[:, :1] for name, x in shown.items()}
+
+
 def sheet(rows: Mapping[str, Tensor], columns: Sequence[str], path: Path, title: str = "") -> None:
     """A PNG with a row of images for each name and a column for each label, such as teacher above student by prompt.
 

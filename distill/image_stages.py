@@ -23,7 +23,7 @@ from ..convert.evaluation_images import (
 from ..convert.files import replacing, stored
 from ..convert.hosts.denoising import latent_shape
 from ..convert.hosts.sites import all_full
-from ..convert.images import sheet
+from ..convert.images import sheet, visible
 from ..convert.machine import hardware
 from ..convert.sampling import noise
 from .images import Images
@@ -92,7 +92,7 @@ def evaluate_images(
             shown[arm] = pictures(f"images-{arm}", lambda arm=arm: load(arm), settings.seed)[:SHOWN]  # type: ignore[misc]
     if kept is not None:
         title = f"The same noise: {work.recipe.name}"
-        sheet(shown, [str(label) for label in labels[:SHOWN]], kept / "images.png", title)
+        sheet(visible(shown), [str(label) for label in labels[:SHOWN]], kept / "images.png", title)
     document: dict[str, Any] = {
         "schema": 1,
         "kind": "images",
