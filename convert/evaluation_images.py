@@ -55,8 +55,9 @@ def likeness(
 ) -> dict[str, float]:
     """How near the student's samples are to the teacher's of the same noise, (N, C, …).
 
-    `psnr` in dB and `ssim` are of pixels, or of latents as `images.scaled` makes them comparable; with a classifier `perceptual` distance, the share of the `right`
-    class by `labels`, and `frechet`, the distance of its features to those of `fresh` samples of the teacher.
+    `psnr` in dB and `ssim` are of pixels, or of latents as `images.scaled` makes them comparable; with a classifier
+    `perceptual` distance, the share of the `right` class by `labels`, and `frechet`, the distance of its features to
+    those of `fresh` samples of the teacher.
     """
     found: dict[str, float] = {}
     want, got = scaled([teacher, student])
