@@ -138,6 +138,11 @@ class ImageTraining(Section):
         description="beside what operators learn: adapters on the attention projections, the projections themselves "
         "(CLEAR), or nothing",
     )
+    targets: Literal["attention", "blocks"] = Field(
+        default="attention",
+        description="what adapters are on: the projections of converted attentions, or all linear layers of the blocks "
+        "that hold them",
+    )
     rank: Count = Field(default=16, description="rank of the adapters")
     alpha: Positive = Field(default=32.0, description="scale of the adapters; their output counts alpha / rank")
     states: Literal["trajectory", "noised"] = Field(
@@ -160,6 +165,8 @@ class ImageTraining(Section):
         names = ("velocity", "diffusion", "feature", "distribution")
         if set(names) <= set(fields) and not any(fields[name] for name in names):
             yield (), f"nothing to train for: give one of {', '.join(names)} a weight"
+        if fields.get("targets") == "blocks" and fields.get("weights") != "lora":
+            yield ("targets",), f"says where adapters are, and weights is {fields.get('weights')}: set it to lora"
         if fields.get("diffusion") and fields.get("states") == "trajectory":
             yield ("diffusion",), "the original loss needs fresh noise: set states to noised"
 

@@ -119,7 +119,7 @@ def _weights(
         config = LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a float will do, whatever the annotation says
-            target_modules=list(_projections(model, plan)),
+            target_modules=list((_blocks if settings.targets == "blocks" else _projections)(model, plan)),
             lora_dropout=0.0,
             bias="none",
         )
@@ -178,11 +178,25 @@ def _projections(model: Any, plan: Mapping[Site, Sequence[Spec]]) -> dict[str, n
     found: dict[str, nn.Module] = {}
     for site, specs in plan.items():
         if any(spec != Full() for spec in specs):
-            module = submodule(model, site.name)
-            inner = {id(m) for child in module.modules() if isinstance(child, SiteOperators) for m in child.modules()}
-            for name, child in module.named_modules():
-                if isinstance(child, nn.Linear) and id(child) not in inner:
-                    found[f"{site.name}.{name}"] = child
+            found |= _linear_layers(submodule(model, site.name), site.name)
+    return found
+
+
+def _linear_layers(module: nn.Module, name: str) -> dict[str, nn.Module]:
+    inner = {id(m) for child in module.modules() if isinstance(child, SiteOperators) for m in child.modules()}
+    layers = {f"{name}.{key}": child for key, child in module.named_modules() if isinstance(child, nn.Linear)}
+    return {key: child for key, child in layers.items() if id(child) not in inner}
+
+
+def _blocks(model: Any, plan: Mapping[Site, Sequence[Spec]]) -> dict[str, nn.Module]:
+    """The linear layers of the blocks that hold converted attentions: the entries of lists of modules."""
+    found: dict[str, nn.Module] = {}
+    for site, specs in plan.items():
+        if any(spec != Full() for spec in specs):
+            path = site.name.split(".")
+            lists = [n for n in range(1, len(path)) if isinstance(submodule(model, ".".join(path[:n])), nn.ModuleList)]
+            block = ".".join(path[: lists[-1] + 1])
+            found |= _linear_layers(submodule(model, block), block)
     return found
 
 
