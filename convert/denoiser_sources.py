@@ -160,7 +160,7 @@ def load_denoiser(files: ModelFiles, source: ModelSource) -> Any:
     cls = denoiser_class(files.folder)
     try:
         model, info = cls.from_pretrained(
-            files.folder, torch_dtype=getattr(torch, source.dtype), output_loading_info=True, low_cpu_mem_usage=False
+            files.folder, torch_dtype=getattr(torch, source.dtype), output_loading_info=True
         )
     except MemoryError as error:
         raise PreflightError(f"not enough memory to load {files.folder}: {one_line(error)}") from error
