@@ -15,6 +15,7 @@ from .convert.errors import UsageError
 from .convert.failures import EXIT_CODES
 from .convert.guard import guarded
 from .convert.keys import STAGES
+from .convert.look_commands import add_inspect
 from .convert.options import (
     Amounts,
     AsJson,
@@ -239,6 +240,7 @@ def evaluate(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, 
 
     [dim]Example:[/dim] attnconvert evaluate runs/demo --json
     """
+    from .convert.evaluation import require_gates
     from .convert.tables import evaluation_parts
 
     terminal = Terminal(as_json=as_json, verbose=verbose, quiet=quiet)
@@ -252,7 +254,7 @@ def evaluate(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, 
         pipeline.run_one(work, "evaluate")
         document = pipeline.evaluation_of(work.run)
     terminal.result(document, *evaluation_parts(document))
-    pipeline.require_gates(document)
+    require_gates(document)
 
 
 @command(app, "export")
@@ -309,6 +311,7 @@ def _explain(folder: Path, where: str, terminal: Terminal) -> None:
 
 
 def _run(recipe: AnyRecipe, folder: Path, until: str, terminal: Terminal) -> None:
+    from .convert.evaluation import require_gates
     from .convert.outcomes import outcome, summary
     from .convert.runs import Run
 
@@ -320,7 +323,7 @@ def _run(recipe: AnyRecipe, folder: Path, until: str, terminal: Terminal) -> Non
         return
     document = pipeline.evaluation_of(run)
     terminal.result(*summary(run, ran, document))
-    pipeline.require_gates(document)
+    require_gates(document)
 
 
 def _one_stage(folder: Path, stage: str, terminal: Terminal) -> None:
@@ -366,7 +369,13 @@ def bench(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="An exported checkpoint, or a run.", show_default=False)
     ],
-    lengths: Annotated[str, typer.Option(help="Prefill lengths in tokens, with commas.")] = "2048,8192",
+    lengths: Annotated[
+        str | None, typer.Option(help="Prefill lengths in tokens, with commas; else 2048,8192.", show_default=False)
+    ] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(help="Of an image model sizes of the latents; else 64x64,128x128.", show_default=False),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed repeats; the median counts.")] = 3,
     decode_tokens: Annotated[int, typer.Option(min=0, help="Tokens decoded after each prefill.")] = 16,
     as_json: AsJson = False,
@@ -375,65 +384,19 @@ def bench(
 ) -> None:
     """Time a converted checkpoint against itself with full attention, side by side on this machine.
 
+    Of an image or video model a step is timed at several sizes: [b]--sizes 64x64,128x128[/b].
+
     [dim]Example:[/dim] attnconvert bench runs/demo --lengths 2048,8192,32768 --repeats 5
     """
-    from .convert.inspection import exported_folder
+    from .convert.look_commands import bench_result, bench_wanted
 
     terminal = Terminal(as_json=as_json, verbose=verbose, quiet=quiet)
-    numbers = parse_lengths(lengths)
-    checkpoint = exported_folder(folder)
-    found = _pipeline().bench(checkpoint, numbers, repeats, decode_tokens, terminal.track)
-    from .convert.tables import speed_table
-
-    machine = found["machine"]
-    told = ", ".join([machine["cpu"], f"{machine['cores']} cores", *machine["gpu"], f"{found['dtype']}, batch 1"])
-    terminal.result(found, speed_table(found["speed"]), Text(f"{checkpoint} on {told}.", style="dim"))
+    checkpoint, numbers, shapes = bench_wanted(folder, lengths, sizes)
+    found = _pipeline().bench(checkpoint, numbers, repeats, decode_tokens, terminal.track, shapes)
+    terminal.result(found, *bench_result(found))
 
 
-@command(app, "inspect")
-def inspect(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL|DIR",
-            help="A model (folder, file.gguf, hub id, package:name==version:file), an exported checkpoint or a run.",
-            show_default=False,
-        ),
-    ],
-    as_json: AsJson = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-) -> None:
-    """Show the attention of a model and what could replace it, or the plan of a converted one.
-
-    A model that cannot be converted is refused with the reason, and exit code 2.
-
-    [dim]Example:[/dim] attnconvert inspect runs/demo/export
-    """
-    from .convert import inspection, tables
-
-    terminal = Terminal(as_json=as_json, verbose=verbose, quiet=quiet)
-    folder = Path(target)
-    is_run = (folder / "recipe.yaml").is_file()
-    if not is_run and not inspection.is_exported(folder):
-        from .convert.sources import parse_model_argument
-
-        found = inspection.describe_model(parse_model_argument(target), terminal.track)
-        size = f"{found['parameters'] / 1e6:,.1f} million parameters"
-        names = [site["name"] for site in (found["sites"][0], found["sites"][-1])]
-        told = f"{found['model']}: {found['class']}, {size}, {found['dtype']}, {found['groups']} KV groups"
-        terminal.result(found, Text(told), tables.sites_table(found["sites"]), Text(" … ".join(names), style="dim"))
-        return
-    stages = inspection.stage_states(_open(folder)) if is_run else []
-    shown: list[Any] = [tables.stages_table(stages)] if is_run else []
-    if is_run and not (folder / "plan.yaml").exists():
-        terminal.result({"folder": target, "stages": stages}, *shown, Text("No plan yet."))
-        return
-    found = inspection.describe_plan(folder) | ({"stages": stages} if is_run else {})
-    shown += [tables.lines(tables.plan_facts(found)), tables.plan_map(found["sites"], terminal.out.width)]
-    if found["evaluation"]:
-        shown += tables.evaluation_parts(found["evaluation"])
-    terminal.result(found, *shown)
+add_inspect(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

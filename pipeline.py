@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 from .convert import evaluation
 from .convert.budgets import refuse_budgets
 from .convert.card import model_card
+from .convert.checkpoints import is_denoiser, model_folder, require_whole, weights_dtype
 from .convert.costs import Costs
 from .convert.damage import Group, Joint, marginal_damage
-from .convert.errors import GateMissed, UsageError
+from .convert.errors import UsageError
+from .convert.evaluation import headline
 from .convert.export import export, verify
 from .convert.files import read_json, stored, write_json
 from .convert.fronts import front
 from .convert.hosts.models import is_encoder
 from .convert.hosts.sites import all_full
+from .convert.hosts.surgery import is_diffusion
 from .convert.keys import STAGES
 from .convert.machine import hardware
 from .convert.observation import Table
@@ -193,7 +196,7 @@ def evaluate_stage(work: Work) -> None:
     """evaluation/evaluation.json: every arm against the teacher; arms that are measured are kept, one file each"""
     with work.run.stage("evaluate") as folder:
         write_json(folder / EVALUATION, _evaluate(work, list(work.plans()), work.student, folder))
-    work.run.record(metrics=_headline(read_json(folder / EVALUATION)))
+    work.run.record(metrics=headline(read_json(folder / EVALUATION)))
 
 
 def _evaluate(work: Work, arms: Sequence[str], load: Callable[[str], Any], kept: Path | None) -> dict[str, Any]:
@@ -278,11 +281,17 @@ def export_stage(work: Work) -> None:
         plan = read_plan(work.run.plan).for_sites(work.sites)
         if work.recipe.kind == "images":
             from .convert.card_images import image_card
-            from .convert.export_images import export_images, verify_images
+            from .convert.export_images import export_images, verify_images, whole_pipeline
 
-            told = evaluation_of(work.run)
-            card = image_card(work.recipe, work.run.manifest(), type(student).__name__, told)
-            export_images(student, plan, folder, card, work.recipe.export.dtype)
+            where, part = work.files.pipeline, work.files.folder.name
+            card = image_card(
+                work.recipe,
+                work.run.manifest(),
+                type(student).__name__,
+                evaluation_of(work.run),
+                part if whole_pipeline(where, part) else None,
+            )
+            export_images(student, plan, folder, card, work.recipe.export.dtype, where, part)
             if work.recipe.export.verify:
                 work.run.record(metrics={"export": verify_images(student, folder)})
             return
@@ -371,19 +380,17 @@ def evaluation_of(run: Run) -> dict[str, Any]:
     """evaluation.json of a run, held against the bounds that its recipe has now: they may change."""
     path = run.folder("evaluate") / EVALUATION
     document: dict[str, Any] = read_json(path)
-    gates = _gates_of_images(run, document) if run.recipe.kind == "images" else _gates_of_text(run, document)
+    if run.recipe.kind == "images":
+        from .convert.evaluation_images import check_image_gates
+
+        gates = check_image_gates(run.recipe.gates, document)
+    else:
+        gates = _gates_of_text(run, document)
     if gates != document["gates"]:
         document["gates"] = gates
         write_json(path, document)
         write_report(run.path)
     return document
-
-
-def _gates_of_images(run: Run, document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    from .convert.evaluation_images import check_image_gates
-
-    assert run.recipe.kind == "images"
-    return check_image_gates(run.recipe.gates, document)
 
 
 def _gates_of_text(run: Run, document: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -401,7 +408,18 @@ def _gates_of_text(run: Run, document: Mapping[str, Any]) -> list[dict[str, Any]
 
 
 def load_exported(folder: Path, track: Track = silent) -> Any:
-    """The model of a checkpoint that `export` wrote, its conversion installed; a damaged one is an AssetMissing."""
+    """The model of a checkpoint that `export` wrote, its conversion installed.
+
+    Raises:
+        AssetMissing: it is damaged, or a file is not what was exported. UsageError: a newer attnconvert wrote it.
+    """
+    require_whole(folder)
+    if is_denoiser(folder):
+        from .convert.denoiser_sources import fetch_denoiser, load_denoiser
+
+        own = model_folder(folder).absolute()
+        source = ModelSource(folder=own, dtype=weights_dtype(own))
+        return load_denoiser(fetch_denoiser(source, track=track), source)
     source = ModelSource(folder=folder.absolute(), dtype=read_json(folder / "config.json")["dtype"])
     return load_model(fetch_model(source, track=track), source)[0]
 
@@ -416,31 +434,17 @@ def evaluate_exported(work: Work) -> dict[str, Any]:
     return document
 
 
-def bench(folder: Path, lengths: Sequence[int], repeats: int, decode_tokens: int, track: Track) -> dict[str, Any]:
-    """Times of a checkpoint and of its own weights with full attention, measured in turns."""
+def bench(
+    folder: Path, lengths: Sequence[int], repeats: int, decode_tokens: int, track: Track, sizes: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """Times of a checkpoint and of its own weights with full attention, in turns; `sizes` are a denoiser's latents."""
     student = load_exported(folder, track)
     shared = {id(x): x for x in (*student.parameters(), *student.buffers())}
     teacher = copy.deepcopy(student, shared)
     teacher.conversion.remove()
-    found = evaluation.speed(teacher, student, lengths, repeats, decode_tokens, track)
-    dtype = str(student.dtype).removeprefix("torch.")
-    return {"checkpoint": str(folder), "machine": hardware(), "dtype": dtype, "speed": found}
+    about = {"checkpoint": str(folder), "machine": hardware(), "dtype": str(student.dtype).removeprefix("torch.")}
+    if is_diffusion(student):
+        from .convert.bench_images import bench_steps
 
-
-def require_gates(document: Mapping[str, Any]) -> None:
-    """Raises GateMissed, naming every gate that the student does not meet."""
-    missed = [g for g in document["gates"] if not g["passed"]]
-    if missed:
-        values = ["not a number" if g["value"] is None else f"{g['value']:.4g}" for g in missed]
-        told = "; ".join(
-            f"{g['name']} is {value}, the bound is {g['limit']:g}" for g, value in zip(missed, values, strict=True)
-        )
-        raise GateMissed(f"{len(missed)} of {len(document['gates'])} gates missed: {told}")
-
-
-def _headline(document: Mapping[str, Any]) -> dict[str, Any]:
-    student = document["arms"][STUDENT]
-    known = ("quality", "retrieval", "retrieval_drop", "kv_ratio", "flops_ratio", "converted")
-    keys = [key for key in known if key in student]
-    speedups = {n: {k: v for k, v in e.items() if k.endswith("speedup")} for n, e in document["speed"].items()}
-    return {**{k: student[k] for k in keys}, "speed": speedups, "gates": document["gates"]}
+        return about | bench_steps(teacher, student, sizes, repeats, track)
+    return about | {"speed": evaluation.speed(teacher, student, lengths, repeats, decode_tokens, track)}

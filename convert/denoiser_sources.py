@@ -106,9 +106,9 @@ def class_of(config: Mapping[str, Any], where: object) -> Any:
     except ImportError as error:
         raise PreflightError(f"image and video models need diffusers: pip install diffusers ({error})") from error
     if "attnconvert" in config:
-        from .hosts.diffusers import converted_model
+        from .hosts.registration_images import converted_class
 
-        return converted_model(getattr(diffusers, config["attnconvert"]["base"]))
+        return converted_class(str(name))
     found = getattr(diffusers, str(name), None)
     if found is None or not hasattr(found, "load_config"):
         raise UsageError(f"{where} holds a {name}, which diffusers {diffusers.__version__} does not have")
@@ -160,7 +160,10 @@ def load_denoiser(files: ModelFiles, source: ModelSource) -> Any:
     cls = denoiser_class(files.folder)
     try:
         model, info = cls.from_pretrained(
-            files.folder, torch_dtype=getattr(torch, source.dtype), output_loading_info=True
+            files.folder,
+            torch_dtype=getattr(torch, source.dtype),
+            output_loading_info=True,
+            low_cpu_mem_usage=None,  # only where parts of it stay fp32, which diffusers does no other way
         )
     except MemoryError as error:
         raise PreflightError(f"not enough memory to load {files.folder}: {one_line(error)}") from error

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..kernels import operators
 from ..kernels.call import Shape
 from ..kernels.spec import Full, Spec, Window
+from .errors import GateMissed
 from .hosts import models
 from .hosts.sites import Site
 from .hosts.transformers import OperatorLayer
@@ -224,3 +225,23 @@ def check_gates(gates: Gates, evaluation: Mapping[str, Any]) -> list[dict[str, A
     if gates.converted is not None:
         least("converted", gates.converted, student["converted"])
     return [{"name": n, "limit": limit, "value": value, "passed": ok} for n, limit, value, ok in rows]
+
+
+def require_gates(document: Mapping[str, Any]) -> None:
+    """Raises GateMissed, naming every gate that the student does not meet."""
+    missed = [g for g in document["gates"] if not g["passed"]]
+    if missed:
+        values = ["not a number" if g["value"] is None else f"{g['value']:.4g}" for g in missed]
+        told = "; ".join(
+            f"{g['name']} is {value}, the bound is {g['limit']:g}" for g, value in zip(missed, values, strict=True)
+        )
+        raise GateMissed(f"{len(missed)} of {len(document['gates'])} gates missed: {told}")
+
+
+def headline(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest says of an evaluation."""
+    student = document["arms"]["student"]
+    known = ("quality", "retrieval", "retrieval_drop", "kv_ratio", "flops_ratio", "converted")
+    keys = [key for key in known if key in student]
+    speedups = {n: {k: v for k, v in e.items() if k.endswith("speedup")} for n, e in document["speed"].items()}
+    return {**{k: student[k] for k in keys}, "speed": speedups, "gates": document["gates"]}

@@ -7,14 +7,8 @@ type is `attnconvert`, so no tool takes it for the dense model by mistake.
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +18,12 @@ from transformers import GenerationConfig
 
 from .. import __version__
 from ..kernels.spec import Spec
-from .errors import AttnConvertError
-from .files import read_json, sha256_file, write_bytes, write_json, write_text
+from .export_runtime import VerificationFailed, finish, load_elsewhere, relative_error, write_runtime
+from .files import read_json, write_bytes, write_json
 from .hosts.models import is_encoder
 from .hosts.registration import loader
 from .hosts.sites import NAME, Site, SiteOperators, plan_block
-from .runs import DONE, KEY
 
-ROOTS = ("operators", "backend_torch", "backend_cpp", "backend_triton")  # beside the files of Triton, loaded by name
-SEVERAL = r"^( *)from {} import (\([\w,\s]+\)|[\w, ]+)$"  # modules by name, in one line or in parentheses
-CPP_SOURCES = "cpp_sources"  # the module that holds the C++ files in a checkpoint, as `kernels.cpp_build` expects it
-HEADER = """# attnconvert {version}, https://github.com/attnconvert/attnconvert, Apache-2.0
-# Part of an exported checkpoint: it loads with trust_remote_code=True where attnconvert is not installed.
-"""
 CONFIGURATION = '''"""The configuration of a converted {base}."""
 
 from transformers import {config}
@@ -51,7 +38,7 @@ from typing import TYPE_CHECKING
 
 from transformers import {base}
 
-from .attnconvert_host import converted_model
+from .{runtime}_host import converted_model
 from .configuration_attnconvert import {converted_config}
 
 if TYPE_CHECKING:  # never run: transformers fetches the files that a module names, and some load only when needed
@@ -59,10 +46,6 @@ if TYPE_CHECKING:  # never run: transformers fetches the files that a module nam
 
 {converted} = converted_model({base}, {converted_config})
 '''
-
-
-class VerificationFailed(AttnConvertError):
-    """The exported folder, loaded in a clean process, does not give the logits that the student gave here."""
 
 
 def export(
@@ -89,12 +72,15 @@ def export(
     }
     write_json(folder / "config.json", config)
     _keep_pooling(Path(str(student.config._name_or_path)), folder)
-    _write_runtime(folder, base)
-    write_text(folder / "README.md", card)
-    own = ("SHA256SUMS", KEY, DONE)  # not of the checkpoint: these say how far the stage is
-    kept = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in own]
-    sums = [f"{sha256_file(p)}  {p.relative_to(folder).as_posix()}" for p in kept]
-    write_text(folder / "SHA256SUMS", "\n".join(sums) + "\n")
+    names = {
+        "base": base.__name__,
+        "config": base.config_class.__name__,
+        "converted": converted,
+        "converted_config": converted_config,
+    }
+    templates = {f"configuration_{NAME}.py": CONFIGURATION, f"modeling_{NAME}.py": MODELING}
+    write_runtime(folder, "transformers", templates, names)
+    finish(folder, card)
 
 
 def _keep_pooling(source: Path, folder: Path) -> None:
@@ -103,56 +89,6 @@ def _keep_pooling(source: Path, folder: Path) -> None:
     for file in [*own, *sorted(source.glob("[0-9]_*/*"))]:
         if file.is_file():
             write_bytes(folder / file.relative_to(source), file.read_bytes())
-
-
-def _write_runtime(folder: Path, base: type) -> None:
-    """The code of `kernels` and of the host, flat, with imports that name the files beside them."""
-    package = files("attnconvert")
-    header = HEADER.format(version=__version__)
-    sources = {name: (package / "kernels" / f"{name}.py").read_text(encoding="utf-8") for name in kernels()}
-    for name, file in (("sites", "sites"), ("host", "transformers")):
-        sources[name] = (package / "convert" / "hosts" / f"{file}.py").read_text(encoding="utf-8")
-    cpp = sorted((package / "kernels" / "cpp").iterdir(), key=lambda path: path.name)
-    texts = {path.name: path.read_text(encoding="utf-8") for path in cpp if path.name.endswith((".h", ".cpp"))}
-    lines = [f"    {name!r}: {text!r}," for name, text in texts.items()]
-    sources[CPP_SOURCES] = "\n".join(['"""The C++ kernels, file by file."""', "", "FILES = {", *lines, "}", ""])
-    for name, source in sources.items():
-        write_text(folder / f"{NAME}_{name}.py", header + flatten_imports(source))
-    names = {
-        "base": base.__name__,
-        "config": base.config_class.__name__,  # type: ignore[attr-defined]
-        "converted": f"Converted{base.__name__}",
-        "converted_config": f"Converted{base.config_class.__name__}",  # type: ignore[attr-defined]
-        "imports": "\n".join(f"    from .{NAME}_{name} import __name__ as _{name}  # noqa" for name in sources),
-    }
-    write_text(folder / f"configuration_{NAME}.py", header + CONFIGURATION.format(**names))
-    write_text(folder / f"modeling_{NAME}.py", header + MODELING.format(**names))
-
-
-def kernels() -> list[str]:
-    """The files of `kernels` that a checkpoint needs: those that are loaded by name, and all that they import."""
-    folder, found = files("attnconvert") / "kernels", set[str]()
-    left = [*ROOTS, *(path.name[:-3] for path in folder.iterdir() if re.fullmatch(r"triton_\w+\.py", path.name))]
-    while left:
-        name = left.pop()
-        if name not in found:
-            found.add(name)
-            source = (folder / f"{name}.py").read_text(encoding="utf-8")
-            left += re.findall(r"^ *from \.(\w+) import", source, flags=re.M)
-            for _, names in re.findall(SEVERAL.format(r"\."), source, flags=re.M):
-                left += re.findall(r"\w+", names)
-    return sorted(found)
-
-
-def flatten_imports(source: str) -> str:
-    """Relative imports of the package, rewritten for a folder in which every file is named attnconvert_<name>.py."""
-
-    def several(match: re.Match[str]) -> str:
-        names = re.findall(r"\w+", match[2])
-        return f"{match[1]}from . import " + ", ".join(f"{NAME}_{name} as {name}" for name in names)
-
-    source = re.sub(SEVERAL.format(r"\.+(?:kernels)?"), several, source, flags=re.M)
-    return re.sub(r"^( *)from \.+(?:kernels\.)?(\w+) import", rf"\1from .{NAME}_\2 import", source, flags=re.M)
 
 
 CHECK = """
@@ -218,9 +154,9 @@ def verify(student: Any, folder: Path) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as where:
             save_file({"ids": ids.cpu()}, f"{where}/expected.safetensors")
             check = CHECK.replace("{probe}", probe).replace("{auto}", loader(_base(student)))
-            found = _load_elsewhere(check, folder, where, way, str(student.device))
+            found = load_elsewhere(check, folder, where, way, str(student.device))
             there = load_file(f"{where}/found.safetensors")
-        errors = [_relative_error(there[key], here[key]) for key in ("uncached", "continued")]
+        errors = [relative_error(there[key], here[key]) for key in ("uncached", "continued")]
         same = torch.equal(there["generated"], here["generated"])
         result[way] = {**found, "tokens": length, "logits_error": max(errors), "generation_equal": same}
         if not max(errors) <= 8 * torch.finfo(here["uncached"].dtype).eps or not same:
@@ -236,31 +172,7 @@ def _operators(student: Any) -> list[tuple[str, Spec]]:
     return [(site.site.name, spec) for site in sites for spec in site.specs]
 
 
-def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
-
-
 def _base(student: Any) -> str:
     """The stock class of a student, or of a checkpoint of ours."""
     block = getattr(student.config, NAME, None) or {}
     return str(block.get("base") or type(student).__name__)
-
-
-def _load_elsewhere(check: str, folder: Path, where: str, way: str, device: str) -> dict[str, Any]:
-    environment = os.environ | {"HF_MODULES_CACHE": f"{where}/modules", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", check, str(folder.resolve()), where, way, device],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=where,
-        check=False,
-    )
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise VerificationFailed(f"{folder} does not load in a clean process ({way}): {last[0]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
-
-
-__all__ = ["VerificationFailed", "export", "flatten_imports", "verify"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .artefacts import dig, read_artefacts
+from .checkpoints import is_denoiser, is_exported, model_folder, weights_dtype
 from .errors import UsageError
 from .files import read_json
 from .keys import STAGES, UPSTREAM, sections_of
@@ -15,10 +17,16 @@ from .report_html import duration
 from .runs import DONE, KEY, RECIPE, Run
 
 if TYPE_CHECKING:
+    from ..kernels.spec import Spec
+    from .artefacts import Artefacts
+    from .hosts.sites import Site
     from .progress import Track
+
+    Plan = Mapping[Site, Sequence[Spec]]
 
 LENGTHS = (8192, 32768)  # tokens at which the cache of a plan is compared with the full one
 ENCODED = (512,)  # and the work of an encoder's
+GRIDS = {2: (64, 64), 3: (8, 32, 32)}  # and that of a denoiser's where no run says at which size it was profiled
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -86,12 +94,6 @@ def _brief(value: Any) -> str:
 # --- models and plans -------------------------------------------------------------------------------------------------
 
 
-def is_exported(folder: Path) -> bool:
-    """Whether the folder is a checkpoint that `export` wrote."""
-    config = folder / "config.json"
-    return config.is_file() and isinstance(read_json(config), dict) and "attnconvert" in read_json(config)
-
-
 def exported_folder(folder: Path) -> Path:
     """The checkpoint that is meant: the folder itself, or the export of the run that it is.
 
@@ -115,14 +117,11 @@ def describe_model(source: ModelSource, track: Track) -> dict[str, Any]:
         Unsupported: nothing in it can be converted; the message names the module and why.
     """
     from ..kernels.spec import OPERATORS
-    from .hosts.models import find_sites
     from .hosts.sites import refusal
-    from .sources import fetch_model, load_model
 
-    files = fetch_model(source, track=track)
-    model, _ = load_model(files, source)
+    name, model, found = _loaded(source, track)
     sites = []
-    for site in find_sites(model):
+    for site in found:
         fitting = [name for name, spec in OPERATORS.items() if refusal(site, spec()) is None]
         sites.append(
             {
@@ -132,17 +131,60 @@ def describe_model(source: ModelSource, track: Track) -> dict[str, Any]:
                 "kv_heads": site.kv_heads,
                 "head_dim": site.dim,
                 "window": site.limit,
+                "grid": {2: "image", 3: "video"}.get(site.axes, ""),
+                "down": site.down,
+                "text": site.text,
                 "operators": fitting,
             }
         )
     return {
-        "model": files.name,
+        "model": name,
         "class": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "groups": sum(site["kv_heads"] for site in sites),
         "sites": sites,
     }
+
+
+def _loaded(source: ModelSource, track: Track) -> tuple[str, Any, list[Site]]:
+    """A model's name, the model, and its sites: of text, or where its folder says so of diffusers."""
+    from .sources import fetch_model, load_model
+
+    if _of_diffusers(source):
+        from .denoiser_sources import fetch_denoiser, load_denoiser
+        from .hosts.denoisers import find_sites as of_denoiser
+
+        files = fetch_denoiser(source, track=track)
+        denoiser = load_denoiser(files, source)
+        return files.name, denoiser, of_denoiser(denoiser)
+    from .hosts.models import find_sites
+
+    files = fetch_model(source, track=track)
+    model, _ = load_model(files, source)
+    return files.name, model, find_sites(model)
+
+
+def _of_diffusers(source: ModelSource) -> bool:
+    """Whether a model is an image or video model; of the hub its file list says it."""
+    if source.shipped is not None:
+        return True
+    if source.folder is not None:
+        config = source.folder / "config.json"
+        named = config.is_file() and "_class_name" in config.read_text(encoding="utf-8", errors="replace")
+        return named or (source.folder / "model_index.json").is_file()
+    if source.hub is None:
+        return False
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    for name in ("model_index.json", "config.json"):
+        try:
+            found = Path(huggingface_hub.hf_hub_download(source.hub, name, revision=source.revision))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
+            continue  # fetching the model says what is wrong
+        return "_class_name" in found.read_text(encoding="utf-8", errors="replace")
+    return False
 
 
 def describe_plan(folder: Path) -> dict[str, Any]:
@@ -152,21 +194,17 @@ def describe_plan(folder: Path) -> dict[str, Any]:
         UsageError: the folder is neither, or the run has not chosen a plan.
     """
     from ..kernels.spec import Full, label
-    from .evaluation import costs
 
     plan, origin, dtype = _plan_of(folder)
+    images = any(site.axes for site in plan)
     run = folder if (folder / RECIPE).is_file() else folder.parent
     found = read_artefacts(run) if (run / RECIPE).is_file() else None
-    element = 4 if dtype == "float32" else 2
     full = {site: [Full()] * site.kv_heads for site in plan}
     labels = [label(spec) for specs in plan.values() for spec in specs]
-
-    lengths = LENGTHS if all(site.causal for site in plan) else ENCODED
-
-    def ratios(name: str) -> dict[str, float]:
-        """Of what full attention takes, by length; nothing where that is nothing, as an encoder's cache."""
-        both = {n: [costs(which, n, element)[name] for which in (plan, full)] for n in lengths}
-        return {str(n): mine / dense for n, (mine, dense) in both.items() if dense}
+    if images:
+        ratios = {"kv": {}, "flops": _work_ratios(plan, full, found)}
+    else:
+        ratios = _text_ratios(plan, full, 4 if dtype == "float32" else 2)
 
     return {
         "folder": str(folder),
@@ -174,13 +212,38 @@ def describe_plan(folder: Path) -> dict[str, Any]:
         "groups": len(labels),
         "converted": sum(name != "full" for name in labels) / max(1, len(labels)),
         "operators": {name: labels.count(name) for name in dict.fromkeys(labels)},
-        **{f"{name}_ratio": ratios(f"{name}_bytes" if name == "kv" else name) for name in ("kv", "flops")},
+        **{f"{name}_ratio": found_ratios for name, found_ratios in ratios.items()},
+        "images": images,
         "sites": [
             {"name": site.name, "layer": site.layer, "groups": [label(spec) for spec in specs]}
             for site, specs in plan.items()
         ],
         "evaluation": dict(found.evaluation) if found and found.status["evaluate"] == "done" else None,
     }
+
+
+def _text_ratios(plan: Plan, full: Plan, element: int) -> dict[str, dict[str, float]]:
+    """Of what full attention takes, by length; nothing where that is nothing, as an encoder's cache."""
+    from .evaluation import costs
+
+    lengths = LENGTHS if all(site.causal for site in plan) else ENCODED
+    taken = {n: [costs(which, n, element) for which in (plan, full)] for n in lengths}
+    return {
+        name: {str(n): mine[field] / dense[field] for n, (mine, dense) in taken.items() if dense[field]}
+        for name, field in (("kv", "kv_bytes"), ("flops", "flops"))
+    }
+
+
+def _work_ratios(plan: Plan, full: Plan, run: Artefacts | None) -> dict[str, float]:
+    """The same of a denoiser's FLOPs, by image tokens: at the size that was profiled and at twice its sides."""
+    from .evaluation_images import attention_flops
+
+    grid = tuple(dig(run.profile, "data", "grid", default=()) if run else ())
+    text = dig(run.profile, "data", "text", default=0) if run else 0
+    grid = grid or GRIDS[max(site.axes for site in plan)]
+    lengths = [math.prod(grid), 4 * math.prod(grid)]
+    mine, dense = (attention_flops(which, grid, text, lengths) for which in (plan, full))
+    return {str(n): mine[n] / dense[n] for n in lengths}
 
 
 def _plan_of(folder: Path) -> tuple[Mapping[Any, Any], Path, str]:
@@ -190,8 +253,10 @@ def _plan_of(folder: Path) -> tuple[Mapping[Any, Any], Path, str]:
     from .profiling import Profile
 
     if is_exported(folder):
-        config = read_json(folder / "config.json")
-        return read_plan_block(config["attnconvert"]), folder / "config.json", str(config.get("dtype"))
+        own = model_folder(folder)
+        config = read_json(own / "config.json")
+        dtype = weights_dtype(own) if is_denoiser(folder) else str(config.get("dtype"))
+        return read_plan_block(config["attnconvert"]), own / "config.json", dtype
     run = Run.open(folder)
     measured = run.folder("profile") / "profile.json"
     if not run.plan.exists() or not measured.exists():

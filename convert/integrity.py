@@ -1,5 +1,7 @@
 """Checks that a weights file is whole, from its header alone: the loaders' own errors do not say so.
 
+And that an exported checkpoint is what was exported, from its SHA256SUMS.
+
 GGUF layout: github.com/ggml-org/ggml/blob/master/docs/gguf.md. safetensors layout: 8 bytes with the length of a JSON
 header, the header with each tensor's place, then the data.
 """
@@ -14,11 +16,32 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .errors import AssetMissing, PreflightError
+from .files import sha256_file
 
 AGAIN = "fetch it again"
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # GGUF value type: bytes
 STRING, ARRAY, UINT32 = 8, 9, 4
 LFS_POINTER = b"version https://git-lfs"
+SUMS, CARD = "SHA256SUMS", "README.md"  # of an exported checkpoint; people rewrite its card
+
+
+def check_sums(folder: Path) -> bool:
+    """Refuse an exported checkpoint whose files are not those that SHA256SUMS lists; False if it has no such list.
+
+    Raises:
+        AssetMissing: with the first file that has changed or is gone.
+    """
+    if not (folder / SUMS).is_file():
+        return False
+    for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        if name == CARD:
+            continue
+        if not (folder / name).is_file():
+            raise AssetMissing(f"{folder} lacks {name}, which its {SUMS} lists: export or fetch it again")
+        if sha256_file(folder / name) != digest:
+            raise AssetMissing(f"{folder / name} has changed since it was exported ({SUMS}): export or fetch it again")
+    return True
 
 
 def check_weights(path: Path) -> None:

@@ -83,6 +83,16 @@ def budget_overrides(amounts: Mapping[str, Sequence[str] | None], keep_quality: 
     return [*none, *rounds, f"select.budgets={written}", f"select.keep_quality={quality}"]
 
 
+def parse_sizes(given: str) -> list[tuple[int, ...]]:
+    """The sizes of `--sizes 64x64,128x128`; UsageError where one is none."""
+    sizes = [tuple(int(n) if n.isdecimal() else 0 for n in part.strip().split("x")) for part in given.split(",")]
+    if any(len(size) not in (2, 3) or min(size) < 1 for size in sizes):
+        raise UsageError(
+            f"--sizes {given}: give heights and widths, of videos frames before them, such as 64x64,128x128"
+        )
+    return sizes
+
+
 def parse_lengths(given: str) -> list[int]:
     """The numbers of `--lengths 2048,8192`; UsageError where one is none, or below 8."""
     numbers = [int(part) if part.strip().isdecimal() else 0 for part in given.split(",")]

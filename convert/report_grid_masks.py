@@ -171,7 +171,8 @@ def _chosen(spec: Any, layout: Layout, look: dict[str, Any], end: list[str]) -> 
         columns = range(count) if text[row] else [*chosen, *(m for m, has in enumerate(text) if has)]
         full |= {(row, int(column)) for column in columns}
     share = len(full) / count**2
-    words = [f"{percent(share, 0)} of the blocks of {spec.block}", f"{'at most' if spec.mass else 'whole ones'}"]
+    most = "at most " if spec.mass else ""
+    words = [f"{most}{percent(share, 0)} of the blocks of {spec.block},", "and of the pairs"]
     every = {(row, column) for row in range(count) for column in range(count)}
     return Thumbnail(
         **look,

@@ -22,6 +22,7 @@ from attnconvert.convert.hosts.denoisers import (
     prompt_length,
 )
 from attnconvert.convert.hosts.grids import DENOISERS
+from attnconvert.convert.hosts.registration_images import converted_class
 from attnconvert.convert.hosts.sites import Unsupported, all_full, plan_block
 from attnconvert.convert.hosts.surgery import convert, converted
 from attnconvert.kernels.masks import Layout
@@ -475,7 +476,7 @@ def test_a_plan_of_another_model_is_refused() -> None:
 def test_a_saved_conversion_loads_as_it_was_and_as_nothing_else(name, tmp_path) -> None:
     model = tiny(name)
     sites = find_sites(model)
-    cls = host.converted_model(type(model))
+    cls = converted_class(f"Converted{name}")
     config = {**model.config, "attnconvert": plan_block(name, everything(sites, Linear()))}
     first = cls.from_config(config).eval()
     assert all(

@@ -10,8 +10,8 @@ from models import DECODERS, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from attnconvert.convert import export as exporting
-from attnconvert.convert.export import VerificationFailed, export, flatten_imports, verify
+from attnconvert.convert.export import export, verify
+from attnconvert.convert.export_runtime import VerificationFailed, flatten_imports, kernels
 from attnconvert.convert.files import sha256_file
 from attnconvert.convert.hosts.models import find_sites
 from attnconvert.convert.hosts.sites import Unsupported, plan_block, read_plan_block
@@ -112,7 +112,7 @@ def test_a_folder_that_gives_other_logits_is_no_success(tmp_path):
 
 def test_the_runtime_is_complete_and_flat():
     operators = {file.__name__.rpartition(".")[2] for file in FILES.values()}
-    assert operators | {"backend_cpp", "torch_mixed", "cpp_build", "triton_decode"} <= set(exporting.kernels())
+    assert operators | {"backend_cpp", "torch_mixed", "cpp_build", "triton_decode"} <= set(kernels())
     source = (
         "from ...kernels.spec import A\nfrom . import full, window\nfrom .call import B\nfrom ...kernels import ops\n"
     )

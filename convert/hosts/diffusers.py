@@ -15,7 +15,7 @@ import json
 import shutil
 import threading
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ from ...kernels.spec import Spec
 from .grids import Moment, denoiser
 from .sites import NAME, Conversion, Site, SiteOperators, Unsupported, read_plan_block, submodule
 
+MODELING = f"modeling_{NAME}"  # the file of a checkpoint in which its class is found
 CALLS = ("dispatch_attention_fn", "scaled_dot_product_attention")  # by these names processors call attention
 
 
@@ -305,11 +306,14 @@ def _uninstall(model: Any, sites: Mapping[str, SiteOperators], kept: dict[str, A
             attention.processor = kept["processors"][name]
 
 
-def converted_model(base: type[Any]) -> type[Any]:
+def converted_model(base: type[Any], write_code: Callable[[Path], None]) -> type[Any]:
     """The model class of a converted checkpoint: the stock class, with the plan of its config installed.
 
     Its config.json names this class, and a quantization that there is not: a stock class that is given the folder would
     otherwise only warn of what it does not know, and run full attention.
+
+    Args:
+        write_code: puts this code into the folder of a model that is saved.
     """
 
     class Model(base):  # type: ignore[misc]
@@ -318,6 +322,7 @@ def converted_model(base: type[Any]) -> type[Any]:
         def __init__(self, *args: Any, attnconvert: Mapping[str, Any], **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.register_to_config(attnconvert=attnconvert)
+            self.__module__ = MODELING  # a pipeline notes it, and looks there for the class when it is loaded again
             plan = sorted(read_plan_block(attnconvert).items(), key=lambda entry: entry[0].layer)
             self.conversion = convert(self, dict(plan))
 
@@ -337,16 +342,13 @@ def converted_model(base: type[Any]) -> type[Any]:
             file = Path(save_directory) / str(self.config_name)
             config = json.loads(file.read_text(encoding="utf-8"))
             config.update(_barrier(type(self).__name__))
+            config.pop("_name_or_path", None)  # a folder of this machine
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
         def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
             """As ever, with the runtime beside the weights, so that what is saved again loads as this did."""
             super().save_pretrained(save_directory, *args, **kwargs)
-            target = Path(save_directory)
-            for source in (Path(__file__).parent, Path(str(self.config.get("_name_or_path", "")))):
-                for file in (*source.glob(f"{NAME}_*.py"), *source.glob(f"*_{NAME}.py")):
-                    if not (target / file.name).exists():
-                        shutil.copy(file, target)
+            write_code(Path(save_directory))
 
     stock = inspect.signature(base.__init__)
     given = [p for p in stock.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -354,9 +356,20 @@ def converted_model(base: type[Any]) -> type[Any]:
     # the names by which diffusers picks the arguments of a class out of its config
     Model.__init__.__signature__ = stock.replace(parameters=[*given, plan])  # type: ignore[attr-defined]
     Model.__name__ = Model.__qualname__ = f"Converted{base.__name__}"
-    # a pipeline writes the module down as the library that its own loading asks for the class
-    Model.__module__ = NAME if __name__.startswith(f"{NAME}.") else f"modeling_{NAME}"
+    Model.__module__ = NAME if __name__.startswith(f"{NAME}.") else f"{__package__}.{MODELING}"  # where it is found
     return Model
+
+
+def code_beside(modeling: str) -> Callable[[Path], None]:
+    """How a checkpoint's copy of this code is written into another folder; `modeling` is the file that asks."""
+    text, own = Path(modeling).read_text(encoding="utf-8"), Path(__file__)
+
+    def write(folder: Path) -> None:
+        for file in own.parent.glob(f"{own.stem.removesuffix('host')}*.py"):
+            shutil.copyfile(file, folder / file.name)
+        (folder / f"{MODELING}.py").write_text(text, encoding="utf-8")
+
+    return write
 
 
 def _barrier(name: str) -> dict[str, Any]:
@@ -365,4 +378,4 @@ def _barrier(name: str) -> dict[str, Any]:
     A stock class looks for the method of a quantization before it loads weights, and shows the unknown name.
     """
     method = f"{NAME}: the attention of this model was converted; import {NAME}, or load with trust_remote_code=True"
-    return {"auto_map": {"AutoModel": f"modeling_{NAME}.{name}"}, "quantization_config": {"quant_method": method}}
+    return {"auto_map": {"AutoModel": f"{MODELING}.{name}"}, "quantization_config": {"quant_method": method}}

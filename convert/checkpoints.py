@@ -1,0 +1,90 @@
+"""What an exported checkpoint says of itself: which kind it is, where its denoiser is. Reading it needs no torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import AssetMissing, UsageError
+from .files import read_json
+from .integrity import check_sums
+
+if TYPE_CHECKING:
+    from .recipe_inputs import Dtype
+
+log = logging.getLogger("attnconvert")
+
+NAME = "attnconvert"  # the block of a config.json
+MODELING = f"modeling_{NAME}"  # the file with a denoiser's class, which a pipeline's index names as its library
+INDEX = "model_index.json"
+
+
+def components(pipeline: Path) -> dict[str, list[str]]:
+    """{component: [library, class]} of those that a pipeline of diffusers has."""
+    index = read_json(pipeline / INDEX)
+    entries = {name: value for name, value in index.items() if not name.startswith("_") and isinstance(value, list)}
+    return {name: value for name, value in entries.items() if len(value) == 2 and value[0] is not None}
+
+
+def denoiser_part(folder: Path) -> str:
+    """The component of a pipeline that was converted; "" where the folder holds the model itself."""
+    if not (folder / INDEX).is_file():
+        return ""
+    return next((name for name, (library, _) in components(folder).items() if library == MODELING), "")
+
+
+def model_folder(folder: Path) -> Path:
+    """Where the converted model of a checkpoint is: the folder, or a subfolder of a pipeline's."""
+    return folder / denoiser_part(folder)
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether the folder is a checkpoint that `export` wrote."""
+    config = model_folder(folder) / "config.json"
+    return config.is_file() and isinstance(read_json(config), dict) and NAME in read_json(config)
+
+
+def is_denoiser(folder: Path) -> bool:
+    """Whether an exported checkpoint is of an image or video model."""
+    return "_class_name" in read_json(model_folder(folder) / "config.json")
+
+
+def require_whole(folder: Path) -> None:
+    """Refuse a checkpoint that a newer attnconvert wrote, or that is not what was exported.
+
+    Raises:
+        UsageError: it is none of ours, or newer. AssetMissing: a file has changed or is gone.
+    """
+    from .hosts.sites import FORMAT
+
+    if not is_exported(folder):
+        raise UsageError(f"{folder} is no checkpoint that attnconvert exported")
+    block = read_json(model_folder(folder) / "config.json")[NAME]
+    if not isinstance(block, dict) or not isinstance(block.get("format"), int):
+        raise AssetMissing(f"{model_folder(folder)}/config.json is damaged: its block {NAME} has no format")
+    if block["format"] > FORMAT:
+        raise UsageError(
+            f"{folder} was exported by attnconvert {block.get('version', '?')} in format {block['format']}, this one "
+            f"reads {FORMAT}: pip install -U attnconvert, or load it with trust_remote_code=True"
+        )
+    if not check_sums(folder):
+        log.warning("%s has no SHA256SUMS: whether it is what was exported cannot be told", folder)
+
+
+def weights_dtype(folder: Path) -> Dtype:
+    """The number type of most weights of a denoiser's folder, such as bfloat16; what operators learned is fp32."""
+    counts: dict[str, int] = {}
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__" and f".{NAME}." not in name:
+                counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + math.prod(entry["shape"])
+    names: dict[str, Dtype] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    known = [name for name in counts if name in names]
+    if not known:
+        raise AssetMissing(f"{folder} has no weights of a known number type")
+    return names[max(known, key=lambda name: counts[name])]
