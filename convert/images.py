@@ -37,7 +37,8 @@ def view_of(samples: Tensor) -> Callable[[Tensor], Tensor]:
 
     def view(x: Tensor) -> Tensor:
         centred = x.float().movedim(1, -1) - mean[:, 0]
-        return (centred @ axes / spread).movedim(-1, 1)
+        seen: Tensor = (centred @ axes / spread).movedim(-1, 1)
+        return seen
 
     return view
 
