@@ -79,7 +79,7 @@ def foresee(recipe: ImageRecipe, track: Track = silent) -> dict[str, Any]:
         "flops": _flops(recipe, plan, sites, grid, text, times),
         "masks": [*_masks(_specs(recipe, plan), sites, grid, text)],
         "samples": _samples(recipe, model),
-        "training": training_memory(recipe, model, sites, plan, grid, text),
+        "training": training_memory(recipe, model, sites, plan, grid, text, _share(recipe, sites)),
     }
 
 

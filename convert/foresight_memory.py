@@ -34,16 +34,19 @@ def training_memory(
     plan: Mapping[Site, Sequence[Spec]] | None,
     grid: Sequence[int],
     text: int,
+    share: float | None = None,
 ) -> dict[str, Any] | None:
     """Numbers that are trained and bytes that training takes; None where nothing is trained.
 
-    Where the plan is not decided yet, all sites count as converted, to the first candidate. `activations_bytes` is
-    rough: those of one forward pass of the full model, for the batch.
+    Where the plan is not decided yet, the share of the budget counts as converted to the first candidate, of all sites
+    alike. `activations_bytes` is rough: those of one forward pass of the full model, for the batch.
     """
     settings = recipe.distill.training
     if settings is None:
         return None
+    part = 1.0
     if plan is None:
+        part = 1.0 if share is None else share
         first = recipe.select.operator or recipe.profile.candidates[0]
         plan = {site: [first] * site.kv_heads for site in sites}
     converted = {site: specs for site, specs in plan.items() if any(spec != Full() for spec in specs)}
@@ -52,7 +55,7 @@ def training_memory(
     layers = [layer for site in converted for layer in _linear(submodule(model, site.name))]
     projections = sum(p.numel() for layer in layers for p in layer.parameters())
     adapters = sum(settings.rank * (layer.in_features + layer.out_features) for layer in layers)
-    learned = _learned(converted)
+    projections, adapters, learned = (round(part * n) for n in (projections, adapters, _learned(converted)))
     beside = {"lora": (adapters, ADAPTER), "projections": (projections, element), "operators": (0, 0)}
     count, size = beside[settings.weights]
     trained = count * size + learned * LEARNED
@@ -60,6 +63,7 @@ def training_memory(
     kept, largest, boundaries = _saved(model, converted, grid, text, element)
     once = largest + boundaries if settings.gradient_checkpointing else kept
     outputs = sum(_output(site, grid, text, element) for site in converted) if settings.feature else 0
+    outputs = round(part * outputs)
     parts = {
         "weights_bytes": weights,
         "trained_bytes": (trained if settings.weights != "projections" else learned * LEARNED) + copies,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -32,13 +32,27 @@ def scaled(samples: Sequence[Tensor]) -> list[Tensor]:
     return [((x.float() - low) / (high - low).clamp_min(1e-6)).clamp(0, 1) for x in samples]
 
 
-def visible(samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Samples (N, C, …) by name as images of 1 or 3 channels in [0, 1].
+def view_of(samples: Tensor) -> Callable[[Tensor], Tensor]:
+    """What shows samples of a model, (N, C, …), as images in [−1, 1]: 1 or 3 channels as they are.
 
-    Latents have no colours without their decoder: their first three channels are shown as red, green and blue.
+    Latents of other channels have no colours without their decoder: their first three principal components over
+    `samples` are shown, the mean in the middle and three standard deviations of the first to either side.
     """
-    shown = dict(zip(samples, scaled(list(samples.values())), strict=True))
-    return {name: x[:, :3] if x.shape[1] > 2 else x[:, :1] for name, x in shown.items()}
+    if samples.shape[1] in (1, 3):
+        return lambda x: x
+    flat = samples.float().transpose(0, 1).flatten(1)  # (C, numbers)
+    mean = flat.mean(1, keepdim=True)
+    values, vectors = torch.linalg.eigh((flat - mean) @ (flat - mean).T / flat.shape[1])
+    axes = vectors.flip(1)[:, : min(3, len(values))]
+    axes = torch.cat([axes, axes[:, -1:].expand(-1, 3 - axes.shape[1])], 1)  # (C, 3)
+    spread = 3 * values[-1].clamp_min(1e-12).sqrt()
+
+    def view(x: Tensor) -> Tensor:
+        centred = x.float().movedim(1, -1) - mean[:, 0]
+        seen: Tensor = (centred @ axes / spread).movedim(-1, 1)
+        return seen
+
+    return view
 
 
 def sheet(rows: Mapping[str, Tensor], columns: Sequence[str], path: Path, title: str = "") -> None:

@@ -23,7 +23,7 @@ from ..convert.evaluation_images import (
 from ..convert.files import replacing, stored
 from ..convert.hosts.denoising import latent_shape
 from ..convert.hosts.sites import all_full
-from ..convert.images import sheet, visible
+from ..convert.images import pixels, sheet, view_of
 from ..convert.machine import hardware
 from ..convert.sampling import noise
 from .images import Images
@@ -61,7 +61,7 @@ def evaluate_images(
 
     states = images.states(settings.states, settings.seed, settings.bands, "held-out states")
     teachers = pictures("teacher", lambda: work.model, settings.seed)
-    fresh = teachers
+    fresh, view = teachers, view_of(teachers)
     labels = [images.conditions.labels[n] for n in images.entries(numbers).tolist()]
     quality: dict[str, Any] = {}
     if images.classifier is not None:
@@ -79,7 +79,7 @@ def evaluate_images(
             model = load(arm)
             found = velocity(work.model, model, states, work.track, f"{arm}: velocity")
             drawn = pictures(f"images-{arm}", lambda: model, settings.seed)
-            return {"quality": {**found, **likeness(teachers, drawn, labels, fresh, images.classifier)}}
+            return {"quality": {**found, **likeness(view(teachers), view(drawn), labels, fresh, images.classifier)}}
 
         plan = plans[arm].for_sites(work.sites)
         result[arm] = once(f"arm-{arm}", measure) | {
@@ -92,7 +92,8 @@ def evaluate_images(
             shown[arm] = pictures(f"images-{arm}", lambda arm=arm: load(arm), settings.seed)[:SHOWN]  # type: ignore[misc]
     if kept is not None:
         title = f"The same noise: {work.recipe.name}"
-        sheet(visible(shown), [str(label) for label in labels[:SHOWN]], kept / "images.png", title)
+        seen = {name: pixels(view(x)) for name, x in shown.items()}
+        sheet(seen, [str(label) for label in labels[:SHOWN]], kept / "images.png", title)
     document: dict[str, Any] = {
         "schema": 1,
         "kind": "images",

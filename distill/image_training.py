@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..convert.errors import UsageError
 from ..convert.files import replacing
+from ..convert.hosts.denoisers import aside
 from ..convert.hosts.sites import Conversion, Site, SiteOperators, submodule
 from ..convert.hosts.surgery import converted, frozen
 from ..convert.seeds import rng
@@ -88,10 +89,11 @@ def _train(
         losses = _Losses(images, conversion, kept, settings, teacher, seed)
 
         def step(rows: Tensor) -> dict[str, float]:
-            with computing_in(settings.precision, model.device):
-                parts = losses(rows, trainer.at)
-            total = torch.stack([getattr(settings, name) * value for name, value in parts.items()]).sum()
-            total.backward()
+            with contextlib.ExitStack() as until_done:
+                with computing_in(settings.precision, model.device):
+                    parts = losses(rows, trainer.at, until_done)
+                total = torch.stack([getattr(settings, name) * value for name, value in parts.items()]).sum()
+                total.backward()
             return {"loss": total.item(), **{name: value.item() for name, value in parts.items()}}
 
         with _checkpointing(model, settings.gradient_checkpointing):
@@ -210,8 +212,12 @@ class _Losses:
         self.teacher, self.seed = teacher, seed
         self.times = images.process.times(images.settings.steps, images.settings.shift)[:-1]
 
-    def __call__(self, rows: Tensor, step: int) -> dict[str, Tensor]:
-        """By the names of their weights; `step` makes the noise of every step its own."""
+    def __call__(self, rows: Tensor, step: int, until_done: contextlib.ExitStack) -> dict[str, Tensor]:
+        """By the names of their weights; `step` makes the noise of every step its own.
+
+        What must last until the gradients are there is entered into `until_done`: blocks that are checkpointed run
+        again in the backward pass, and must find everything as it was.
+        """
         images, settings, device = self.images, self.settings, self.images.model.device
         if settings.states == "trajectory":
             x, t, entries, want = self.kept.state(rows, images.conditions.null)
@@ -232,8 +238,9 @@ class _Losses:
             with torch.no_grad(), self.teacher(), self.conversion.observe(_keeping(outputs)):
                 want = images.denoise(images.model)(x, t, entries)
         errors: list[Tensor] = []
-        with self.conversion.observe(_comparing(outputs, errors)) if settings.feature else contextlib.nullcontext():
-            got = images.denoise(images.model)(x, t, entries)
+        if settings.feature:
+            until_done.enter_context(self.conversion.observe(_comparing(outputs, errors)))
+        got = images.denoise(images.model)(x, t, entries)
         parts: dict[str, Tensor] = {}
         if settings.velocity:
             parts["velocity"] = hidden_error(want.to(device), got)
@@ -255,7 +262,7 @@ class _Losses:
         times = torch.cat([self.times, torch.zeros(1)]).to(x.device)
         later = times[(times[None] > t[:, None] - 1e-6).sum(1).clamp_max(len(times) - 2)]
         arrived = images.process.step(x, got, t, later)
-        with torch.no_grad():
+        with torch.no_grad(), aside(self.conversion):
             denoise = images.denoise(images.model)
             mine = denoise(arrived, later, entries)
             with self.teacher():

@@ -149,3 +149,20 @@ def test_a_sheet_shows_every_row_and_column(tmp_path: Path, drawn: tuple[Tensor,
     with pytest.raises(UsageError, match="one shape"):
         sheet({"teacher": x, "student": x[:2]}, ["0"] * 4, path)
     sheet({"video": torch.rand(1, 3, 4, 70, 80)}, ["a"], path)
+
+
+def test_latents_are_shown_by_what_they_differ_in_most() -> None:
+    from attnconvert.convert.images import view_of
+
+    generator = torch.Generator().manual_seed(0)
+    far = torch.randn(4, 1, 8, 8, generator=generator)
+    latents = torch.cat([0.01 * torch.randn(4, 5, 8, 8, generator=generator), 3 * far], 1) + 7
+    view = view_of(latents)
+    seen = view(latents)
+    assert seen.shape == (4, 3, 8, 8)
+    assert abs(float(torch.corrcoef(torch.stack([seen[:, 0].flatten(), far.flatten()]))[0, 1])) > 0.999
+    assert float(seen.mean().abs()) < 1e-3, "the mean is in the middle"
+    assert float(seen[:, 0].std()) == pytest.approx(1 / 3, rel=0.05)
+    assert torch.equal(view_of(far)(far), far), "what has colours is shown as it is"
+    video = view_of(torch.randn(2, 16, 3, 4, 4))(torch.randn(2, 16, 3, 4, 4))
+    assert video.shape == (2, 3, 3, 4, 4)

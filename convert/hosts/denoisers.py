@@ -5,6 +5,7 @@ Beside diffusers.py and grids.py, which an exported checkpoint carries, this is 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .grids import Denoiser, denoiser
-from .sites import Site, Unsupported, all_full, setting, submodule
+from .sites import Conversion, Site, Unsupported, all_full, setting, submodule
 from .surgery import converted
 
 log = logging.getLogger("attnconvert")
@@ -237,6 +238,22 @@ def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         named = [type(m).__name__.endswith(("Attention", "Attn")) for m in module.modules()]
         if hasattr(module, "processor") or (named[0] and not any(named[1:])):
             yield name, module
+
+
+@contextlib.contextmanager
+def aside(conversion: Conversion) -> Iterator[None]:
+    """Inside, a converted model may be called besides, unobserved; afterwards its sites know the call before it again.
+
+    Checkpointed blocks of that call run again in its backward pass, and must find its grid and its times.
+    """
+    names = list(conversion.sites)
+    moment = submodule(conversion.model, names[0]).processor.moment  # type: ignore[union-attr]  # one for all
+    before = vars(moment).copy()
+    try:
+        with setting(conversion.sites.values(), "observer", None):
+            yield
+    finally:
+        vars(moment).update(before)
 
 
 @torch.no_grad()

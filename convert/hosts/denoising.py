@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..processes import TRAINED
-from .grids import denoiser
 from .sites import Unsupported
 
 PATCH = 2  # of FLUX, whose tokens are packed outside of the model
