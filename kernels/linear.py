@@ -18,7 +18,7 @@ from .call import Call, Cost, Shape, grouped, refuse_limit
 from .features import Hedgehog
 from .masks import Layout
 from .problem import EPS, Part
-from .spec import Linear
+from .spec import Linear, Sla
 from .torch_linear import with_ones
 
 CHUNK = 128  # tokens of a chunk in the cost model: pairs inside it are computed one by one
@@ -71,7 +71,7 @@ def parameters(spec: Linear, heads: int, kv_heads: int, dim: int) -> nn.Module |
     return Additions(spec, heads, maps, dim) if spec.conv or spec.augment else maps
 
 
-def features(spec: Linear, q: Tensor, k: Tensor, learned: nn.Module | None) -> tuple[Tensor, Tensor]:
+def features(spec: Linear | Sla, q: Tensor, k: Tensor, learned: nn.Module | None) -> tuple[Tensor, Tensor]:
     """φ(q) (B, H, Q, F) and φ(k) (B, Hk, Q, F)"""
     maps = learned.maps if isinstance(learned, Additions) else learned
     if spec.feature_map == "hedgehog":
@@ -93,13 +93,17 @@ def reference(spec: Linear, q: Tensor, k: Tensor, v: Tensor, call: Call, learned
         return o
     assert isinstance(learned, Additions)
     assert learned.conv is not None
-    layout, group = grid.layout_of(spec, k, call), q.shape[1] // k.shape[1]
+    return o + plain_local(v, learned.conv, grid.layout_of(spec, k, call))
+
+
+def plain_local(v: Tensor, weight: Tensor, layout: Layout) -> Tensor:
+    """The definition of `local`."""
+    group, size = weight.shape[0] // v.shape[1], weight.shape[-1]
     frames = grid.on_grid(layout, v).reshape(*v.shape[:2], -1, *_frame(layout), v.shape[3])
-    reach = spec.conv // 2
-    wide = F.pad(frames, (0, 0, *[reach] * 4))  # (B, Hk, T, h + k − 1, w + k − 1, D)
-    near = wide.unfold(3, spec.conv, 1).unfold(4, spec.conv, 1).repeat_interleave(group, 1)  # (B, H, T, h, w, D, k, k)
-    local = (near * learned.conv[:, None, None, None]).sum((-1, -2)).flatten(2, 4)
-    return o + F.pad(local, (0, 0, layout.text_first, layout.text_last))
+    wide = F.pad(frames, (0, 0, *[size // 2] * 4))  # (B, Hk, T, h + k − 1, w + k − 1, D)
+    near = wide.unfold(3, size, 1).unfold(4, size, 1).repeat_interleave(group, 1)  # (B, H, T, h, w, D, k, k)
+    found = (near * weight[:, None, None, None]).sum((-1, -2)).flatten(2, 4)
+    return F.pad(found, (0, 0, layout.text_first, layout.text_last))
 
 
 def attend(
@@ -115,7 +119,7 @@ def attend(
     if layout is not None:
         assert isinstance(learned, Additions)
         assert learned.conv is not None
-        o = o + _local(v, learned.conv, layout)
+        o = o + local(v, learned.conv, layout)
     return o, None if s is None else LinearState(s)
 
 
@@ -125,7 +129,7 @@ def _frame(layout: Layout) -> tuple[int, int]:
     return height, width
 
 
-def _local(v: Tensor, weight: Tensor, layout: Layout) -> Tensor:
+def local(v: Tensor, weight: Tensor, layout: Layout) -> Tensor:
     """The depthwise convolution of v (B, Hk, S, D) with (H, D, k, k) over each frame; 0 at text. → (B, H, S, D)"""
     (batch, groups, _, dim), size = v.shape, weight.shape[-1]
     height, width = _frame(layout)

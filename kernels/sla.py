@@ -1,17 +1,21 @@
 """Sparse-linear attention: softmax over the blocks that matter, linear attention over all the others beside it.
 
 o_i = softmax over the blocks that `sparse` reads + P · (φ(q_i)ᵀ Σ φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ φ(k_j)) over the others, with
-φ = softmax over the head dimension and a projection P for each query head, in fp32, that starts at zero.
+φ = softmax over the head dimension (or another map that `linear` has) and a projection P for each query head, in fp32,
+that starts at zero. A depthwise convolution of v may be added, as in `linear`.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
 
 from . import grid, ops
 from .call import Call, Cost, Shape, dense, grouped
-from .linear import only
+from .features import Hedgehog
+from .linear import features, local, only, plain_local
 from .problem import EPS
 from .sparse import choosing, chosen_blocks, pairs, read_pairs, stored
 from .spec import Sla
@@ -19,11 +23,16 @@ from .torch_select import from_map
 
 
 class Projection(nn.Module):
-    """What takes the output of linear attention into that of softmax: `proj` (H, D, D), zeros at first."""
+    """What takes the output of linear attention into that of softmax: `proj` (H, D, D), zeros at first.
 
-    def __init__(self, heads: int, dim: int) -> None:
+    Beside it what linear attention learns: `maps`, and `conv` (H, D, k, k); None where the spec has none.
+    """
+
+    def __init__(self, heads: int, dim: int, maps: nn.Module | None = None, conv: int = 0) -> None:
         super().__init__()
         self.proj = nn.Parameter(torch.zeros(heads, dim, dim))
+        self.maps = maps
+        self.conv = nn.Parameter(torch.zeros(heads, dim, conv, conv)) if conv else None
 
     def forward(self, o: Tensor, linear: Tensor) -> Tensor:
         """o + linear · Pᵀ of each head, (B, H, S, D), computed in at least fp32"""
@@ -32,8 +41,9 @@ class Projection(nn.Module):
 
 
 def parameters(spec: Sla, heads: int, kv_heads: int, dim: int) -> nn.Module | None:
-    """The projections of the query heads."""
-    return Projection(heads, dim)
+    """The projections of the query heads, and what their linear attention learns."""
+    maps = Hedgehog(heads, kv_heads, dim) if spec.feature_map == "hedgehog" else None
+    return Projection(heads, dim, maps, spec.conv)
 
 
 def reference(spec: Sla, q: Tensor, k: Tensor, v: Tensor, call: Call, learned: nn.Module | None = None) -> Tensor:
@@ -43,10 +53,11 @@ def reference(spec: Sla, q: Tensor, k: Tensor, v: Tensor, call: Call, learned: n
     far = ~near
     if call.valid is not None:
         near, far = (x & call.valid[:, None, None, None, :] for x in (near, far))
-    a = grouped(q.softmax(-1), k.shape[1]) @ k.softmax(-1)[:, :, None].transpose(-1, -2) * far
-    linear = (a @ v[:, :, None] / (a.sum(-1, keepdim=True) + EPS)).flatten(1, 2)
+    fq, fk = features(spec, q, k, learned.maps)
+    a = grouped(fq, k.shape[1]) @ fk[:, :, None].transpose(-1, -2) * far
+    linear = (a @ v[:, :, None].to(a.dtype) / (a.sum(-1, keepdim=True) + EPS)).flatten(1, 2)
     o: Tensor = learned(dense(q, k, v, call, near), linear)
-    return o
+    return o if learned.conv is None else o + plain_local(v, learned.conv, grid.layout_of(spec, k, call))
 
 
 @grid.uncompiled
@@ -55,11 +66,12 @@ def attend(
 ) -> tuple[Tensor, None]:
     """The tokens q (B, H, S, D) read k, v (B, Hk, S, D) in one launch. → (B, H, S, D), no state"""
     assert isinstance(learned, Projection)
-    order = stored(spec, grid.layout_of(spec, k, call))
+    layout, own = grid.layout_of(spec, k, call), v
+    order = stored(spec, layout)
     valid = grid.moved_mask(order, call.valid)
     q, k, v = grid.moved(order, q, k, v)
     read = chosen_blocks(spec, order, q, k, valid, call.scale)
-    fq, fk = ops.feature_map(q, "softmax"), only(ops.feature_map(k, "softmax"), valid)
+    fq, fk = features(spec, q, k, learned.maps)
     out = ops.mixed_attention(
         q,
         k,
@@ -70,20 +82,22 @@ def attend(
         valid=valid,
         softcap=call.softcap or 0.0,
         sink_logits=call.sink_logits,
-        branch=ops.branch(fq, fk, index=range(k.shape[1]), shared=False),
+        branch=ops.branch(fq, only(fk, valid), index=range(k.shape[1]), shared=False),
     )
     assert out.linear is not None
-    return grid.moved_back(order, learned(out.o, out.linear)), None
+    o: Tensor = grid.moved_back(order, learned(out.o, out.linear))
+    return o if learned.conv is None else o + local(own, learned.conv, layout), None
 
 
 def prefill_cost(spec: Sla, shape: Shape, length: int) -> Cost:
     """Of all tokens at once: the pairs that are read, the selection, the sums over keys, what rows read of them, P."""
     layout = grid.checked(spec, shape.layout, length)
     g, d = shape.queries, shape.dim
-    sums = 2 * d * (d + 1) * length * (g + 1)
-    return grid.cost(
-        spec, shape, length, read_pairs(spec, layout), choosing(spec, shape, length) + sums + 2 * d * d * length * g
-    )
+    hedgehog = spec.feature_map == "hedgehog"
+    sums = 2 * d * (1 + hedgehog) * (d + 1) * length * (g + 1)
+    maps = 2 * d * d * (g + 1) * length * hedgehog
+    more = sums + maps + 2 * d * d * length * g + 2 * spec.conv**2 * d * math.prod(layout.grid) * g
+    return grid.cost(spec, shape, length, read_pairs(spec, layout), choosing(spec, shape, length) + more)
 
 
 def decode_cost(spec: Sla, shape: Shape, length: int) -> Cost:

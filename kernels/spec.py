@@ -10,17 +10,24 @@ from dataclasses import dataclass, field
 
 from .masks_checks import check_count
 from .spec_grid import Agent, Disc, Frames, Neighbourhood, Radial, References, Sla, Sparse, Tiles, Timed
-from .spec_registry import OPERATORS, QUIET, Spec, label, nested, operator, plain, spec_from_dict, spec_to_dict
+from .spec_registry import (
+    FEATURE_MAPS,
+    OPERATORS,
+    QUIET,
+    Spec,
+    check_conv,
+    check_feature_map,
+    label,
+    nested,
+    operator,
+    plain,
+    spec_from_dict,
+    spec_to_dict,
+)
 
-FEATURE_MAPS = ("hedgehog", "elu1", "softmax")  # of linear attention; the hybrid has the first
 BACKENDS = ("auto", "triton", "cpp", "torch")  # what may be asked for; `dispatch` chooses
 
 STEP = 64  # tokens by which a span grows at once
-
-
-def _feature_map(value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"no feature map {value!r}; known are {', '.join(known)}")
 
 
 @operator("full")
@@ -123,10 +130,8 @@ class Linear:
     augment: bool = field(default=False, metadata=QUIET)
 
     def __post_init__(self) -> None:
-        _feature_map(self.feature_map, FEATURE_MAPS)
-        check_count("conv", self.conv, 0)
-        if self.conv and not self.conv % 2:
-            raise ValueError(f"conv must be an odd size, or 0 for none, not {self.conv}")
+        check_feature_map(self.feature_map, FEATURE_MAPS)
+        check_conv(self.conv)
         if not isinstance(self.augment, bool):
             raise ValueError(f"augment must be true or false, not {self.augment!r}")
 
@@ -153,7 +158,7 @@ class Hybrid:
     def __post_init__(self) -> None:
         check_count("window", self.window, 1)
         check_count("sinks", self.sinks, 0)
-        _feature_map(self.feature_map, FEATURE_MAPS[:1])
+        check_feature_map(self.feature_map, FEATURE_MAPS[:1])
 
 
 @operator("retention")

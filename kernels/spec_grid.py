@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from .masks_checks import as_counts, check_count, check_number
-from .spec_registry import QUIET, Spec, is_spec, operator, spec_from_dict
+from .spec_registry import QUIET, Spec, check_conv, check_feature_map, is_spec, operator, spec_from_dict
 
 
 def _counts(spec: Spec, least: int, *names: str, empty: bool = False) -> None:
@@ -250,7 +250,8 @@ class Sla:
     """As `sparse`, and linear attention over all other blocks, through a learned projection that starts at zero.
 
     The paper leaves out the tenth of the blocks that matters least; here linear attention covers every block that is
-    not read.
+    not read. `feature_map` is softmax there, and may be any that `linear` has; with `conv` a depthwise convolution of v
+    over the grid, that many tokens wide, is added, as in `linear`.
 
     Source: SLA (Zhang et al., 2025).
     """
@@ -260,9 +261,13 @@ class Sla:
     block: int = 64
     mass: float = field(default=0.0, metadata=QUIET)
     tile: tuple[int, ...] = field(default=(), metadata=QUIET)
+    feature_map: str = field(default="softmax", metadata=QUIET)
+    conv: int = field(default=0, metadata=QUIET)
 
     def __post_init__(self) -> None:
         _selection(self)
+        check_feature_map(self.feature_map)
+        check_conv(self.conv)
 
     @property
     def axes(self) -> int | None:

@@ -7,9 +7,12 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from .masks_checks import check_count
+
 Spec = Any  # one of the dataclasses in `spec` and `spec_grid`; `OPERATORS` lists them
 S = TypeVar("S")
 OPERATORS: dict[str, type] = {}
+FEATURE_MAPS = ("hedgehog", "elu1", "softmax")  # of linear attention; the hybrid has the first
 QUIET = {"quiet": True}  # of a field: its default goes without saying, in labels and in dicts
 
 
@@ -103,3 +106,16 @@ def nested(spec: Spec) -> tuple[Spec, ...]:
 def _suggest(given: str, known: Any) -> str:
     close = difflib.get_close_matches(given, list(known), n=1)
     return f": did you mean {close[0]!r}?" if close else ""
+
+
+def check_feature_map(value: object, known: tuple[str, ...] = FEATURE_MAPS) -> None:
+    """Whether it is a feature map that is known here."""
+    if value not in known:
+        raise ValueError(f"no feature map {value!r}; known are {', '.join(known)}")
+
+
+def check_conv(size: object) -> None:
+    """Whether it is the size of a convolution, or 0."""
+    check_count("conv", size, 0)
+    if isinstance(size, int) and size and not size % 2:
+        raise ValueError(f"conv must be an odd size, or 0 for none, not {size}")

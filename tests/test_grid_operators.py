@@ -34,6 +34,7 @@ ANY += [Neighbourhood(window=5, stride=2), Neighbourhood(window=3, dilation=2), 
 ANY += [Tiles(window=1, tile=2), Tiles(window=3, tile=(2,)), Agent(agents=2), Agent(agents=50)]
 ANY += [Sparse(keep=0.3, block=32), Sparse(mass=0.6, block=32, tile=4), Sparse(keep=1, block=32, tile=2)]
 ANY += [Sla(keep=0.3, block=32), Sla(mass=0.4, block=32, tile=4)]
+ANY += [Sla(keep=0.3, block=32, feature_map="hedgehog", conv=3)]
 ANY += [Linear(feature_map="elu1"), Linear(feature_map="softmax", conv=3), Linear(conv=5, augment=True)]
 ANY += [Timed(above=0.5, late=Disc(radius=2)), Timed(above=0.5, early=Linear(conv=3), late=Sla(keep=0.4, block=32))]
 IMAGE = [Neighbourhood(window=(3, 5), stride=(1, 3), dilation=(2, 1)), Tiles(window=(3, 1), tile=(2, 3))]

@@ -235,24 +235,22 @@ def latent_shape(model: Any, size: Sequence[int]) -> tuple[int, ...]:
 
 
 def token_grid(model: Any, size: Sequence[int]) -> tuple[int, ...]:
-    """(H, W) or (T, H, W) of the model's tokens for latents of `size`.
+    """The grid of image or video tokens of latents of `size`, (H, W) or (T, H, W): as many as there are patches.
 
     Raises:
-        UsageError: the size has the wrong number of axes, or does not divide into patches.
+        UsageError: the size has the wrong number of axes, or is not in whole patches.
     """
-    axes = len(latent_shape(model, size)) - 1
-    patch = (PATCH,) * axes if form_of(model).packed > 1 else tuple(_patch(inner(model), n, axes) for n in range(axes))
-    if any(n % p for n, p in zip(size, patch, strict=True)):
-        raise UsageError(f"latents of {tuple(size)} do not divide into patches of {patch}: give other sizes")
-    return tuple(n // p for n, p in zip(size, patch, strict=True))
-
-
-def _patch(model: Any, axis: int, axes: int) -> int:
-    """Latents along one axis that make a token: how much the latent grows with a token more."""
-    base = [2] * axes
-    more = [n + (at == axis) for at, n in enumerate(base)]
-    one, two = (denoiser(model).latent(model.config, tuple(grid), 1) for grid in (base, more))
-    return next(b - a for a, b in zip(one, two, strict=True) if a != b)
+    shape = latent_shape(model, size)[1:]
+    config = inner(model).config
+    found = getattr(config, "patch_size", None) or 1
+    if form_of(model).packed > 1:
+        found = PATCH
+    frames = [getattr(config, "patch_size_t", None) or 1] if len(shape) == 3 else []
+    patch = tuple(found) if isinstance(found, tuple | list) else (*frames, found, found)
+    if any(n % p for n, p in zip(shape, patch, strict=True)):
+        sizes, patches = ("×".join(map(str, numbers)) for numbers in (shape, patch))
+        raise UsageError(f"latents of {sizes} cannot be cut into the patches of {patches} of {type(model).__name__}")
+    return tuple(n // p for n, p in zip(shape, patch, strict=True))
 
 
 def arguments(model: Any, x: Tensor, t: Tensor, conditions: Given, calling: Calling | None = None) -> dict[str, Any]:
