@@ -22,6 +22,7 @@ from .convert.options import (
     Quiet,
     RunFolder,
     Set,
+    Sizes,
     Target,
     Verbose,
     budget_overrides,
@@ -373,10 +374,7 @@ def bench(
         Path, typer.Argument(metavar="DIR", help="An exported checkpoint, or a run.", show_default=False)
     ],
     lengths: Annotated[str, typer.Option(help="Prefill lengths in tokens, with commas.")] = "2048,8192",
-    sizes: Annotated[
-        str | None,
-        typer.Option(help="Sizes of an image or video model's latents, such as 64x64,128x128.", show_default=False),
-    ] = None,
+    sizes: Sizes = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed repeats; the median counts.")] = 3,
     decode_tokens: Annotated[int, typer.Option(min=0, help="Tokens decoded after each prefill.")] = 16,
     as_json: AsJson = False,
@@ -388,17 +386,17 @@ def bench(
     [dim]Example:[/dim] attnconvert bench runs/demo --lengths 2048,8192,32768 --repeats 5
     """
     from .convert.inspection import exported_folder, sizes_of
+    from .convert.tables import speed_table, step_table
 
     terminal = Terminal(as_json=as_json, verbose=verbose, quiet=quiet)
     numbers, checkpoint = parse_lengths(lengths), exported_folder(folder)
     asked = sizes_of(checkpoint, sizes)
-    found = _pipeline().bench(checkpoint, numbers, asked, repeats, decode_tokens, terminal.track)
-    from .convert.tables import speed_table, step_table
+    from .convert.exported import bench as timed  # and with it torch
 
-    machine = found["machine"]
+    found = timed(checkpoint, numbers, asked, repeats, decode_tokens, terminal.track)
+    machine, shown = found["machine"], step_table if asked else speed_table
     told = ", ".join([machine["cpu"], f"{machine['cores']} cores", *machine["gpu"], f"{found['dtype']}, batch 1"])
-    shown = (step_table if asked else speed_table)(found["speed"])
-    terminal.result(found, shown, Text(f"{checkpoint} on {told}.", style="dim"))
+    terminal.result(found, shown(found["speed"]), Text(f"{checkpoint} on {told}.", style="dim"))
 
 
 @command(app, "inspect")
