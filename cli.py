@@ -23,6 +23,7 @@ from .convert.options import (
     Quiet,
     RunFolder,
     Set,
+    Sizes,
     Target,
     Verbose,
     budget_overrides,
@@ -372,12 +373,7 @@ def bench(
     lengths: Annotated[
         str | None, typer.Option(help="Prefill lengths in tokens, with commas; else 2048,8192.", show_default=False)
     ] = None,
-    sizes: Annotated[
-        str | None,
-        typer.Option(
-            help="Of an image model sizes of the latents; else 64x64,128x128 (13x60x104).", show_default=False
-        ),
-    ] = None,
+    sizes: Sizes = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed repeats; the median counts.")] = 3,
     decode_tokens: Annotated[int, typer.Option(min=0, help="Tokens decoded after each prefill.")] = 16,
     as_json: AsJson = False,
@@ -394,7 +390,9 @@ def bench(
 
     terminal = Terminal(as_json=as_json, verbose=verbose, quiet=quiet)
     checkpoint, numbers, shapes = bench_wanted(folder, lengths, sizes)
-    found = _pipeline().bench(checkpoint, numbers, shapes, repeats, decode_tokens, terminal.track)
+    from .convert.exported import bench as timed  # and with it torch
+
+    found = timed(checkpoint, numbers, shapes, repeats, decode_tokens, terminal.track)
     terminal.result(found, *bench_result(found))
 
 

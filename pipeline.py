@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from .convert import evaluation
 from .convert.budgets import refuse_budgets
 from .convert.card import model_card
-from .convert.checkpoints import is_denoiser, model_folder, require_whole, weights_dtype
 from .convert.costs import Costs
 from .convert.damage import Group, Joint, marginal_damage
 from .convert.errors import UsageError
 from .convert.evaluation import headline
 from .convert.export import export, verify
+from .convert.exported import load_exported
 from .convert.files import read_json, stored, write_json
 from .convert.fronts import front
 from .convert.hosts.models import is_encoder
@@ -28,12 +27,10 @@ from .convert.observation import Table
 from .convert.passages import Passages
 from .convert.plan import Plan, read_plan, write_plan
 from .convert.profiling import Profile, profile
-from .convert.progress import Track, silent
-from .convert.recipe_inputs import ModelSource
 from .convert.refinement import refine
 from .convert.report import write_report
 from .convert.selection import Selection, require_profile, select
-from .convert.sources import fetch_model, load_model, refuse_overlap
+from .convert.sources import refuse_overlap
 from .convert.text import Needles
 from .distill.gates import learn_gates
 from .distill.loop import distill
@@ -406,23 +403,6 @@ def _gates_of_text(run: Run, document: Mapping[str, Any]) -> list[dict[str, Any]
     return evaluation.check_gates(run.recipe.gates, document)
 
 
-def load_exported(folder: Path, track: Track = silent) -> Any:
-    """The model of a checkpoint that `export` wrote, its conversion installed.
-
-    Raises:
-        AssetMissing: it is damaged, or a file is not what was exported. UsageError: a newer attnconvert wrote it.
-    """
-    require_whole(folder)
-    if is_denoiser(folder):
-        from .convert.denoiser_sources import fetch_denoiser, load_denoiser
-
-        own = model_folder(folder).absolute()
-        source = ModelSource(folder=own, dtype=weights_dtype(own))
-        return load_denoiser(fetch_denoiser(source, track=track), source)
-    source = ModelSource(folder=folder.absolute(), dtype=read_json(folder / "config.json")["dtype"])
-    return load_model(fetch_model(source, track=track), source)[0]
-
-
 def evaluate_exported(work: Work) -> dict[str, Any]:
     """The figures again, from the exported checkpoint instead of the training artefacts."""
     folder = work.run.folder("export")
@@ -431,19 +411,3 @@ def evaluate_exported(work: Work) -> dict[str, Any]:
     document["from"] = str(folder)
     write_json(work.run.folder("evaluate") / EXPORTED, document)
     return document
-
-
-def bench(
-    folder: Path, lengths: Sequence[int], sizes: Sequence[Any], repeats: int, decode_tokens: int, track: Track
-) -> dict[str, Any]:
-    """Times of a checkpoint and of its own weights with full attention, in turns; `sizes` are a denoiser's latents."""
-    student = load_exported(folder, track)
-    shared = {id(x): x for x in (*student.parameters(), *student.buffers())}
-    teacher = copy.deepcopy(student, shared)
-    teacher.conversion.remove()
-    found = {"checkpoint": str(folder), "machine": hardware(), "dtype": str(student.dtype).removeprefix("torch.")}
-    if is_denoiser(folder):
-        from .convert.bench_images import bench_steps
-
-        return found | bench_steps(teacher, student, sizes, repeats, track)
-    return found | {"speed": evaluation.speed(teacher, student, lengths, repeats, decode_tokens, track)}

@@ -44,6 +44,10 @@ Set = Annotated[
         show_default=False,
     ),
 ]
+Sizes = Annotated[
+    str | None,
+    typer.Option(help="Sizes of an image or video model's latents, such as 64x64,128x128.", show_default=False),
+]
 Target = Annotated[
     str,
     typer.Argument(

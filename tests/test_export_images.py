@@ -13,13 +13,13 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import attnconvert
-from attnconvert import pipeline
 from attnconvert.convert import export_images as exporting
 from attnconvert.convert.checkpoints import is_denoiser, is_exported
 from attnconvert.convert.denoiser_sources import fetch_denoiser, load_denoiser
 from attnconvert.convert.errors import AssetMissing, UsageError
 from attnconvert.convert.export_images import export_images, verify_images
 from attnconvert.convert.export_runtime import VerificationFailed
+from attnconvert.convert.exported import bench, load_exported
 from attnconvert.convert.hosts.denoisers import dummy_inputs, find_sites
 from attnconvert.convert.hosts.surgery import convert
 from attnconvert.convert.inspection import describe_plan, sizes_of
@@ -77,7 +77,7 @@ def test_the_shipped_model_loads_in_clean_processes_by_remote_code_and_by_import
         assert len(found[way]["grids"]) == len(found[way]["batches"]) == 2
         assert found[way]["error"] == 0.0
     assert type(model).__name__ == FLUX  # as it was
-    again = pipeline.load_exported(tmp_path).cpu()
+    again = load_exported(tmp_path).cpu()
     torch.testing.assert_close(run(again), run(model))
 
 
@@ -118,7 +118,7 @@ def test_checkpoints_bring_their_own_code_one_beside_another_and_into_what_is_sa
 @pytest.mark.parametrize("name", [FLUX, WAN])
 def test_half_precision_leaves_what_operators_learned_in_fp32(tmp_path, name) -> None:
     model = exported(name, tmp_path, "bfloat16")
-    again = pipeline.load_exported(tmp_path)
+    again = load_exported(tmp_path)
     assert again.dtype == torch.bfloat16
     learned = again.conversion.learned()
     assert learned
@@ -169,7 +169,7 @@ def test_a_whole_pipeline_loads_in_clean_processes_and_draws_the_same(tmp_path) 
     assert torch.equal(run(again.transformer), run(model))
     with pytest.raises(UsageError, match="was exported by attnconvert"):
         change_format(folder / "transformer")
-        pipeline.load_exported(folder)
+        load_exported(folder)
 
 
 def test_of_a_pipeline_that_is_not_all_here_the_denoiser_is_exported_alone(tmp_path, caplog) -> None:
@@ -190,18 +190,18 @@ def change_format(folder):
 def test_what_was_changed_since_is_refused(tmp_path) -> None:
     exported(FLUX, tmp_path)
     (tmp_path / "README.md").write_text("a card of one's own")
-    pipeline.load_exported(tmp_path)
+    load_exported(tmp_path)
     weights = tmp_path / "diffusion_pytorch_model.safetensors"
     whole = load_file(weights)
     save_file({**whole, "proj_out.bias": whole["proj_out.bias"] + 1}, weights)
     with pytest.raises(AssetMissing, match=r"diffusion_pytorch_model.safetensors has changed since"):
-        pipeline.load_exported(tmp_path)
+        load_exported(tmp_path)
     weights.unlink()
     with pytest.raises(AssetMissing, match=r"lacks diffusion_pytorch_model.safetensors"):
-        pipeline.load_exported(tmp_path)
+        load_exported(tmp_path)
     change_format(tmp_path)
     with pytest.raises(UsageError, match=r"in format 99, this one reads 1: pip install -U attnconvert"):
-        pipeline.load_exported(tmp_path)
+        load_exported(tmp_path)
 
 
 def test_lora_of_the_base_model_loads_into_the_checkpoint(tmp_path) -> None:
@@ -245,7 +245,7 @@ def test_a_checkpoint_that_predicts_something_else_or_loads_dense_is_no_success(
 def test_a_checkpoint_is_timed_against_itself_with_full_attention(tmp_path, name, size) -> None:
     exported(name, tmp_path)
     assert is_denoiser(tmp_path)
-    found = pipeline.bench(tmp_path, [], sizes_of(tmp_path, size), 1, 0, silent)
+    found = bench(tmp_path, [], sizes_of(tmp_path, size), 1, 0, silent)
     assert found["speed"][size]["tokens"] == {FLUX: 96, WAN: 32}[name]
     assert found["speed"][size]["speedup"] > 0
     with pytest.raises(UsageError, match="give sizes of the latents"):
