@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from attnconvert.convert.errors import UsageError
 from attnconvert.convert.machine import number_type
 from attnconvert.convert.recipe import (
+    ImageRecipe,
     Recipe,
     RecipeError,
     dump_recipe,
@@ -142,7 +143,7 @@ export:
 TOLD = """\
 r.yaml:1:1: name: must match ^[a-z0-9][a-z0-9.-]*$, not 'Wrong Name'
 r.yaml:2:1: modle: unknown key; did you mean 'model'?
-r.yaml:3:1: model: give exactly one of hub, folder, gguf, package; given: hub, folder
+r.yaml:3:1: model: give exactly one of hub, folder, gguf, package, shipped; given: hub, folder
 r.yaml:6:3: model.dtyp: unknown key; did you mean 'dtype'?
 r.yaml:8:17: text.calibration.files: must be a list of at least one, not an empty list
 r.yaml:9:35: text.heldout.package.version: must be text, not 0.1; put it in quotes: '0.1'
@@ -397,7 +398,7 @@ def test_overrides_reach_every_depth() -> None:
         ("sample.sequences=[", "the value is not YAML"),
         ("name.x=1", "name is not a section, so it has no 'x'"),
         ("profile.candidates.4.size=1", "profile.candidates is a list of 1, so it has no '4'; count from 0"),
-        ("model.hub=a/b", "model: give exactly one of hub, folder, gguf, package; given: hub, folder"),
+        ("model.hub=a/b", "model: give exactly one of hub, folder, gguf, package, shipped; given: hub, folder"),
         ("name=", "--set name=: name: must be text, not null"),
     ],
 )
@@ -410,20 +411,24 @@ def test_a_wrong_override_is_told_as_such(override: str, expected: str) -> None:
 
 def sections(model: type[BaseModel]) -> Iterator[tuple[str, dict[str, Any]]]:
     schema = model.model_json_schema()
-    for name, section in {**schema["$defs"], "Recipe": schema}.items():
+    for name, section in {**schema["$defs"], model.__name__: schema}.items():
         for key, field in section["properties"].items():
             yield f"{name}.{key}", field
 
 
 def test_every_key_says_what_it_is() -> None:
-    undescribed = [name for name, field in sections(Recipe) if not field.get("description")]
+    undescribed = [n for kind in (Recipe, ImageRecipe) for n, field in sections(kind) if not field.get("description")]
     assert not undescribed
 
 
 def test_the_json_schema_is_json_and_knows_the_operators() -> None:
     text = json.dumps(json_schema())
     assert '"const": "hybrid"' in text
-    assert json_schema()["additionalProperties"] is False
+    assert '"const": "disc"' in text
+    kinds = {name: json_schema()["$defs"][name] for name in ("Recipe", "ImageRecipe")}
+    assert all(kind["additionalProperties"] is False for kind in kinds.values())
+    assert "text" in kinds["Recipe"]["required"]
+    assert "images" in kinds["ImageRecipe"]["required"]
 
 
 def test_the_needle_templates_of_the_schema_are_those_that_exist() -> None:
