@@ -3,11 +3,13 @@
 # PYTHON=python3.12    another interpreter
 # TORCH_INDEX=URL      take torch from this package index, for example one that carries builds without CUDA
 # ARGS="..."           further arguments: make test ARGS="-k runs"
+# WORKERS=4            processes that run the tests
 # RESULTS=dir          where make gpu writes what it measured (default: docs/benchmarks)
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
+WORKERS ?= 2
 RESULTS ?= docs/benchmarks
 
 VENV := .venv
@@ -32,7 +34,7 @@ demo-diffusion: $(READY)  ## convert a tiny trained FLUX and show what was gaine
 	$(BIN)/attnconvert run flux-mnist-local --out runs/demo-diffusion $(ARGS)
 
 test: $(READY)  ## run the tests
-	@$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" $(ARGS)
 
 slow: $(READY)  ## run the tests that take minutes or download a model
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)

@@ -6,8 +6,8 @@
     make images ARGS="layers"            LinVideo's learned choice of layers against others
     make images ARGS="page"              the tables alone
 
-Writes images.json beside this file. Quality: the recipe up to `distill`, its seeds moved by the number of the run, then
-teacher and student from the same noise; the teacher's samples are made once for each seed.
+Writes images.json beside this file. Quality: the recipe up to `distill`, then teacher and student from the same noise
+with each seed; the teacher's samples are made once for each. With --retrain every seed trains a student of its own.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=RECIPES)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--retrain", action="store_true", help="a student of its own for every seed")
     parser.add_argument("--out", type=Path, default=HERE.parent.parent / "runs" / "bench" / "images")
     given = parser.parse_args()
     track = rich_track()
@@ -76,7 +77,7 @@ def main() -> None:
         if part == "quality":
             rows = [r for r in found.get(part, {}).get("rows", []) if r["recipe"] not in given.recipes]
             for recipe, seed in itertools.product(given.recipes, range(given.seeds)):
-                rows.append(quality(recipe, seed, given.out, track))
+                rows.append(quality(recipe, seed, given.retrain, given.out, track))
                 keep(part, rows)
         elif part == "speed":
             keep(part, speed(given.out, track))
@@ -85,12 +86,13 @@ def main() -> None:
     images_tables.write(found)
 
 
-def quality(recipe: str, seed: int, out: Path, track: Track) -> dict[str, Any]:
-    """A recipe with other seeds: what its student keeps, and what the conversion took."""
+def quality(recipe: str, seed: int, retrain: bool, out: Path, track: Track) -> dict[str, Any]:
+    """What a recipe's student keeps of what is drawn with a seed, and what the conversion took."""
+    trained = seed if retrain else 0
     seeds = ("profile.seed", "select.seed", "sample.seed", "distill.seed")
-    moved = [*(f"{name}={2 * seed}" for name in seeds), f"evaluate.seed={2 * seed + 1}", "evaluate.speed=null"]
+    moved = [*(f"{name}={2 * trained}" for name in seeds), f"evaluate.seed={2 * seed + 1}", "evaluate.speed=null"]
     moved.append("gates.step_speedup={}")
-    work = Work(Run.create(load_recipe(recipe, moved), out / recipe / f"seed-{seed}"), track)
+    work = Work(Run.create(load_recipe(recipe, moved), out / recipe / f"seed-{trained}"), track)
     pipeline.run_stages(work, "distill")
     folder = out / "evaluation" / f"seed-{seed}"
     mine = folder / recipe
@@ -108,6 +110,7 @@ def quality(recipe: str, seed: int, out: Path, track: Track) -> dict[str, Any]:
     return {
         "recipe": recipe,
         "seed": seed,
+        "trained": trained,
         "samples": work.of_images.evaluate.samples,
         "seconds": {name: stages[name]["seconds"] for name in ("profile", "select", "sample", "distill")},
         "operators": document["arms"][STUDENT]["operators"],

@@ -25,8 +25,10 @@ def quality(part: Mapping[str, Any]) -> list[str]:
     for row in part["rows"]:
         rows.setdefault(row["recipe"], []).append(row)
     seeds = max(len(found) for found in rows.values())
+    trained = len({row["trained"] for row in part["rows"]})
     lines = [
-        f"{machine_of(part)}; {seeds} seeds of {part['rows'][0]['samples']} samples each: mean (least to most).",
+        f"{machine_of(part)}; {seeds} seeds of {part['rows'][0]['samples']} samples each, "
+        f"{trained} of training: mean (least to most).",
         "",
         "| recipe | attention FLOPs | sampling and training | right class | Fréchet, teacher's | Fréchet | "
         "velocity error | PSNR | SSIM |",
