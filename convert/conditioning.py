@@ -35,7 +35,7 @@ class Conditions:
         for name, tensor in self.tensors.items():
             if tensor.ndim == 0 or tensor.shape[0] != len(self.labels):
                 raise UsageError(f"{name} is {tuple(tensor.shape)}: it must have a row for each of {len(self)} labels")
-        if self.null is not None and not 0 <= self.null < len(self.labels):
+        if self.null is not None and (not isinstance(self.null, int) or not 0 <= self.null < len(self.labels)):
             raise UsageError(f"null is entry {self.null} of {len(self.labels)}")
 
     def __len__(self) -> int:

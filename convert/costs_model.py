@@ -96,7 +96,14 @@ def group_work(phase: str, layer: Layer, spec: Spec, length: int, element: int, 
         layout: of the tokens of an image or a video, `length` in all.
     """
     spec = counted(spec, layer.limit)
-    shape = Shape(queries=layer.queries, dim=layer.dim, element=element, causal=layer.causal, layout=layout)
+    shape = Shape(
+        queries=layer.queries,
+        dim=layer.dim,
+        element=element,
+        causal=layer.causal,
+        layout=layout,
+        groups=layer.kv_heads,
+    )
     implementation = operators.of(spec)
     count = implementation.prefill_cost if phase == "prefill" else implementation.decode_cost
     return count(spec, shape, length)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import AssetMissing, PreflightError, UsageError, one_line
+from .files import sha256_file
 from .integrity import check_weights
 from .processes import Process, of_scheduler
 from .progress import Track, silent
@@ -56,7 +57,9 @@ def fetch_denoiser(source: ModelSource, *, encoders: bool = False, track: Track 
         revision, name = None, source.shipped or root.name
     folder = _denoiser_folder(root, source.subfolder)
     files = fetch_folder(folder, name, revision, track)
-    return ModelFiles(**{**vars(files), "pipeline": root if root != folder else None})
+    own = [folder / name for name in ("conditions.safetensors", "classifier.safetensors")]
+    sums = {path.name: sha256_file(path) for path in own if path.is_file()}
+    return ModelFiles(**{**vars(files), "sha256": files.sha256 | sums, "pipeline": root if root != folder else None})
 
 
 def _denoiser_folder(root: Path, subfolder: str | None) -> Path:
@@ -187,14 +190,21 @@ def process_of(files: ModelFiles, model: Any, prediction: str) -> Process:
     Raises:
         UsageError: neither is known.
     """
-    path = (files.pipeline or files.folder) / "scheduler" / "scheduler_config.json"
-    if path.is_file():
-        found = of_scheduler(json.loads(path.read_text(encoding="utf-8")))
-    else:
-        names = [cls.__name__ for cls in type(model).__mro__ if cls.__name__ in PREDICTIONS]
-        if not names and prediction == "auto":
-            raise UsageError(f"what a {type(model).__name__} predicts is not known: set images.prediction")
-        found = PREDICTIONS[names[0]] if names else Process()
-    if prediction == "auto" or prediction == found.kind:
-        return found
-    return Process(kind="flow") if prediction == "flow" else Process(**{**vars(found), "kind": prediction})
+    if prediction == "flow":
+        return Process(kind="flow")
+    roots = (files.pipeline, files.folder.parent, files.folder)
+    paths = [root / "scheduler" / "scheduler_config.json" for root in roots if root is not None]
+    path = next((path for path in paths if path.is_file()), None)
+    names = [cls.__name__ for cls in type(model).__mro__ if cls.__name__ in PREDICTIONS]
+    found = PREDICTIONS[names[0]] if names else Process(kind="epsilon")
+    if path is not None:
+        try:
+            found = of_scheduler(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(f"{path} describes no schedule that is known: {one_line(error)}") from error
+    elif prediction == "auto" and found.kind != "flow":
+        raise UsageError(
+            f"there is no scheduler beside {files.folder}, and models of class {type(model).__name__} differ in what "
+            "they predict: set images.prediction to epsilon or v_prediction"
+        )
+    return found if prediction in ("auto", found.kind) else Process(**{**vars(found), "kind": prediction})

@@ -143,6 +143,9 @@ def _keep_licences(source: Any, folder: Path) -> None:
 def _link(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
+    if source.suffix != ".safetensors":  # a file that somebody may edit in place
+        shutil.copyfile(source, target)
+        return
     try:
         os.link(source, target)
     except OSError:  # another disk, or a file system without links

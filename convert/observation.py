@@ -106,6 +106,8 @@ def probabilities(q: Tensor, k: Tensor, call: Call, at: Tensor) -> Tensor:
     allowed = call.reach(distance)
     if call.limit is not None:
         allowed = allowed & (distance.abs() < call.limit)
+    if call.valid is not None and call.layout is not None:  # the padding of a prompt
+        allowed = allowed & call.valid[:, None, None]
     s = s.masked_fill(~allowed, -torch.inf)
     if call.sink_logits is None:
         return s.softmax(-1)

@@ -111,6 +111,13 @@ class Process:
         t = shift * t / (1 + (shift - 1) * t)
         return ((t * TRAINED).round() / TRAINED if self.stepped else t).float()
 
+    def any_times(self, u: Tensor, shift: float = 1.0) -> Tensor:
+        """Times of numbers u (n,), uniform in 0 … 1: all that the model knows, not only those of one sampler."""
+        if self.stepped:
+            return ((u * TRAINED).floor() + 1).clamp_max(TRAINED) / TRAINED
+        u = u.clamp_min(1e-3)
+        return shift * u / (1 + (shift - 1) * u)
+
     def _like(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """α and σ of t (B,), broadcastable to x (B, …)."""
         if t.shape != x.shape[:1]:

@@ -246,9 +246,14 @@ class ImageRecipe(Section):
             wanted = (select.operator,) if select.operator else getattr(fields.get("profile"), "candidates", ())
             if select.unit == "group" and select.method != "explicit" and any(map(whole_site, wanted)):
                 yield (*where, "unit"), "an operator with augment serves all heads of a layer: set unit to layer"
+            if training and training.weights == "lora" and any(map(whole_site, wanted)):
+                message = "adapters and an operator with augment change the same projections: train operators alone"
+                yield ("distill", "training", "weights"), message
         kept = fields["sample"].keep if "sample" in fields else "trajectory"
         if training and training.states == "trajectory" != kept:
             yield ("sample", "keep"), "keeps latents alone, and distill.training.states asks for trajectories"
+        if found and found.transfer and found.transfer.steps and kept != "trajectory":
+            yield ("sample", "keep"), "keeps latents alone, and distill.transfer runs on trajectories"
         if "sample" in fields and "evaluate" in fields and fields["sample"].seed == fields["evaluate"].seed:
             yield ("evaluate", "seed"), "is that of the samples too: judge the result on other noise"
         if "gates" in fields and "evaluate" in fields:

@@ -63,6 +63,7 @@ class States:
 
     def run(self, model: Any, rows: Tensor) -> Tensor:
         """The predictions (b, C, …) for the states at `rows` (b,)."""
+        rows = rows.cpu()
         return self.caller(model, self.x[rows], self.t[rows], self.entries[rows])
 
     def answers(self, model: Any, case: int) -> Tensor:

@@ -56,6 +56,7 @@ class Kept:
         assert self.times is not None
         assert self.states is not None
         assert self.prompted is not None
+        rows = rows.cpu()
         branch, rest = rows % self.branches, rows // self.branches
         sample, step = rest // len(self.times), rest % len(self.times)
         want = self.prompted[sample, step]
@@ -98,7 +99,7 @@ def sample_images(images: Images, sites: Sequence[Site], settings: ImageSamples,
             numbers = range(shard * settings.shard, min((shard + 1) * settings.shard, settings.count))
             title = f"sampling, shard {shard + 1} of {shards}"
             whole = settings.keep == "trajectory"
-            with computing_in(settings.precision, images.model.device):
+            with computing_in(settings.precision, images.model):
                 drawn = images.draw(images.model, numbers, settings.seed, settings.batch, title, trajectory=whole)
             _write(path, drawn, images.entries(numbers))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from ..convert.hosts.sites import all_full
 from ..convert.images import pixels, sheet, view_of
 from ..convert.machine import hardware
 from ..convert.sampling import noise
+from ..kernels.spec import nested
 from .images import Images
 
 if TYPE_CHECKING:
@@ -79,7 +81,7 @@ def evaluate_images(
             model = load(arm)
             found = velocity(work.model, model, states, work.track, f"{arm}: velocity")
             drawn = pictures(f"images-{arm}", lambda: model, settings.seed)
-            return {"quality": {**found, **likeness(view(teachers), view(drawn), labels, fresh, images.classifier)}}
+            return {"quality": {**found, **likeness(teachers, drawn, labels, fresh, images.classifier)}}
 
         plan = plans[arm].for_sites(work.sites)
         result[arm] = once(f"arm-{arm}", measure) | {
@@ -107,7 +109,10 @@ def evaluate_images(
 
         def measure_speed() -> dict[str, Any]:
             pair = {"teacher": work.model, "student": load(student)}
-            calls = {name: lambda size, model=model: one_step(images, model, size) for name, model in pair.items()}
+            specs = {spec for specs in plans[student].groups.values() for spec in specs}
+            # an operator that depends on the time is timed over the sampler's way, five of its steps
+            times = images.times[:: max(1, len(images.times) // 5)] if any(nested(s) for s in specs) else [0.5]
+            calls = {name: partial(_step, images, model, times) for name, model in pair.items()}
             base = math.prod(work.of_images.images.size)
 
             def count(size: Sequence[int]) -> int:
@@ -121,12 +126,20 @@ def evaluate_images(
     return document
 
 
-def one_step(images: Images, model: Any, size: Sequence[int]) -> Callable[[], Tensor]:
-    """What one step of the sampler runs at a size, guidance included."""
+def one_step(images: Images, model: Any, size: Sequence[int], times: Sequence[float] = (0.5,)) -> Callable[[], None]:
+    """What a step of the sampler runs at a size, guidance included, once for each of the times."""
     start = noise(latent_shape(model, size), 0, [0]).to(model.device)
     guided = images.settings.guidance != 1
     asked = torch.cat([images.entries([0]), images.conditions.nulls(1)]) if guided else images.entries([0])
     x = torch.cat([start, start]) if guided else start
-    t = torch.full((len(x),), 0.5, device=model.device)
     denoise = images.denoise(model)
-    return lambda: denoise(x, t, asked)
+
+    def run() -> None:
+        for time in times:
+            denoise(x, torch.full((len(x),), time, device=model.device), asked)
+
+    return run
+
+
+def _step(images: Images, model: Any, times: Sequence[float], size: Sequence[int]) -> Callable[[], None]:
+    return one_step(images, model, size, times)

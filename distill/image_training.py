@@ -26,7 +26,7 @@ from ..kernels.call import Call
 from ..kernels.spec import Full, Spec
 from .image_samples import Kept, KeptStates
 from .images import Images, computing_in
-from .loop import ADAPTER, OPERATORS, PROJECTIONS, Trainer, forget_adapters, replacing_folder, transfer
+from .loop import ADAPTER, OPERATORS, PROJECTIONS, Trainer, forget_adapters, replacing_folder, transfer, without_dropout
 from .objectives import hidden_error, matching
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def distill_images(
     """
     torch.manual_seed(settings.seed)
     model = images.model
-    with frozen(model), converted(model, plan) as conversion:
+    with without_dropout(model), frozen(model), converted(model, plan) as conversion:
         learned = conversion.learned()
         if settings.transfer and settings.transfer.steps and learned:
             if kept.times is None:
@@ -90,7 +90,7 @@ def _train(
 
         def step(rows: Tensor) -> dict[str, float]:
             with contextlib.ExitStack() as until_done:
-                with computing_in(settings.precision, model.device):
+                with computing_in(settings.precision, model):
                     parts = losses(rows, trainer.at, until_done)
                 total = torch.stack([getattr(settings, name) * value for name, value in parts.items()]).sum()
                 total.backward()
@@ -152,6 +152,8 @@ def _own_projections(
     modules = _projections(model, plan)
     trained = {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters()}
     before = {name: p.detach().clone() for name, p in trained.items()}
+    for q in trained.values():  # a step of 1e-5 is lost in the rounding of half precision
+        q.data = q.data.float()
 
     @contextlib.contextmanager
     def teacher() -> Iterator[None]:
@@ -170,9 +172,8 @@ def _own_projections(
         with replacing(folder / PROJECTIONS) as temporary:
             save_file({name: p.detach().contiguous() for name, p in trained.items()}, temporary)
     finally:
-        with torch.no_grad():
-            for name, p in trained.items():
-                p.copy_(before[name])
+        for name, p in trained.items():
+            p.data = before[name]
 
 
 def _projections(model: Any, plan: Mapping[Site, Sequence[Spec]]) -> dict[str, nn.Module]:
@@ -223,17 +224,18 @@ class _Losses:
             x, t, entries, want = self.kept.state(rows, images.conditions.null)
             target = None
         else:
+            rows = rows.cpu()
             data = self.kept.x[rows]
             generator = rng("noised", self.seed, step)
             noise = torch.randn(data.shape, generator=generator)
-            t = self.times[torch.randint(len(self.times), (len(rows),), generator=generator)]
+            t = images.process.any_times(torch.rand(len(rows), generator=generator), images.settings.shift)
             x, target = images.process.noised(data, noise, t), images.process.target(data, noise, t)
             entries, want = self.kept.entries[rows], None
             if images.settings.guidance != 1:  # the sampler asks without the prompt too (Ho & Salimans, 2022)
                 without = torch.rand(len(rows), generator=generator) < UNPROMPTED
                 entries = torch.where(without, images.conditions.nulls(len(rows)), entries)
         x, t = x.to(device), t.to(device)
-        outputs: dict[str, Tensor] = {}
+        outputs: dict[str, list[Tensor]] = {}
         if want is None or settings.feature:
             with torch.no_grad(), self.teacher(), self.conversion.observe(_keeping(outputs)):
                 want = images.denoise(images.model)(x, t, entries)
@@ -259,8 +261,10 @@ class _Losses:
             raise UsageError(
                 f"distill.training.distribution is of models that predict a flow, this one {images.process.kind}"
             )
-        times = torch.cat([self.times, torch.zeros(1)]).to(x.device)
-        later = times[(times[None] > t[:, None] - 1e-6).sum(1).clamp_max(len(times) - 2)]
+        times = self.times.to(x.device)
+        number = (times[None] > t[:, None] - 1e-6).sum(1)  # of the sampler's next step
+        # a score needs t > 0, so that a step to the data itself stops half way
+        later = torch.where(number < len(times), times[number.clamp_max(len(times) - 1)], t / 2)
         arrived = images.process.step(x, got, t, later)
         with torch.no_grad(), aside(self.conversion):
             denoise = images.denoise(images.model)
@@ -270,23 +274,28 @@ class _Losses:
         return matching(arrived, later, teachers, mine)
 
 
-def _keeping(outputs: dict[str, Tensor]) -> Any:
-    """An observer that keeps what every site gives."""
+def _keeping(outputs: dict[str, list[Tensor]]) -> Any:
+    """An observer that keeps what every site gives, call by call: Mochi calls its attention once for each sample."""
 
     def observe(site: SiteOperators, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        outputs[site.site.name] = site.operate(q, k, v, call, site.active)
-        return outputs[site.site.name]
+        o = site.operate(q, k, v, call, site.active)
+        outputs.setdefault(site.site.name, []).append(o)
+        return o
 
     return observe
 
 
-def _comparing(outputs: Mapping[str, Tensor], errors: list[Tensor]) -> Any:
+def _comparing(outputs: Mapping[str, list[Tensor]], errors: list[Tensor]) -> Any:
     """An observer that adds the error of every converted site's output to `errors`."""
+    calls: dict[str, int] = {}
 
     def observe(site: SiteOperators, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         o = site.operate(q, k, v, call, site.active)
         if any(spec != Full() for spec in site.specs):
-            errors.append(hidden_error(outputs[site.site.name], o))
+            name = site.site.name
+            wanted, number = outputs[name], calls.get(name, 0)
+            calls[name] = number + 1
+            errors.append(hidden_error(wanted[number % len(wanted)], o))  # a checkpointed block runs again
         return o
 
     return observe

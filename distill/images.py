@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..convert.conditioning import Conditions, load_conditions
 from ..convert.denoiser_sources import process_of
-from ..convert.errors import UsageError
-from ..convert.hosts.denoising import Calling, latent_shape
+from ..convert.errors import UsageError, one_line
+from ..convert.hosts.denoising import Calling, latent_shape, token_grid
 from ..convert.hosts.sites import Site, SiteOperators, all_full
 from ..convert.hosts.surgery import converted
 from ..convert.image_metrics import Classifier, load_classifier
@@ -28,7 +28,7 @@ from ..kernels.masks import Layout
 
 if TYPE_CHECKING:
     from ..convert.progress import Track
-    from ..convert.recipe_images import ImageSettings
+    from ..convert.recipe_images import ImageRecipe, ImageSettings
     from ..convert.sources import ModelFiles
 
 CONDITIONS, CLASSIFIER = "conditions.safetensors", "classifier.safetensors"  # in the folder of a model
@@ -85,9 +85,40 @@ class Images:
         own = self.files.folder / CLASSIFIER
         return load_classifier(given or own) if given is not None or own.is_file() else None
 
+    def check(self, recipe: ImageRecipe) -> None:
+        """Whether evaluation and training will have what they need: better said now than after hours.
+
+        Raises:
+            UsageError: a size does not fit the model, the classifier does not fit the samples, a gate needs one that is
+            not there, or an objective is of other models. AssetMissing: the conditions cannot be read.
+        """
+        self.entries([0])
+        for size in (self.settings.size, *(recipe.evaluate.speed.sizes if recipe.evaluate.speed else ())):
+            token_grid(self.model, size)
+        training = recipe.distill.training
+        if training and training.distribution and self.process.kind != "flow":
+            raise UsageError(
+                f"distill.training.distribution is of models that predict a flow, this one predicts {self.process.kind}"
+            )
+        if self.classifier is None:
+            for name in ("right_class", "frechet_rise"):
+                if getattr(recipe.gates, name) is not None:
+                    raise UsageError(
+                        f"gates.{name} needs a classifier: name one in images.classifier, or drop the gate"
+                    )
+            return
+        try:
+            self.classifier.judge(torch.zeros(1, *self.shape))
+        except RuntimeError as error:
+            raise UsageError(
+                f"the classifier does not take samples of {'×'.join(map(str, self.shape))}: {one_line(error)}"
+            ) from error
+
     def entries(self, numbers: Sequence[int]) -> Tensor:
         """(n,): what each sample is asked for; the prompts or classes in turns."""
         prompts = self.conditions.prompts
+        if not prompts:
+            raise UsageError("the conditions have no entry that asks for something, only the one without a prompt")
         return torch.tensor([prompts[n % len(prompts)] for n in numbers])
 
     @cached_property
@@ -169,7 +200,13 @@ def joined(parts: Sequence[Drawn]) -> Drawn:
     return Drawn(torch.cat([part.x for part in parts]), tuple(states))
 
 
-def computing_in(precision: str, device: torch.device) -> torch.autocast:
-    """Inside, matrix products run in this number type: a recipe's `auto`, `float32` or `bfloat16`."""
+def computing_in(precision: str, model: Any) -> torch.autocast:
+    """Inside, matrix products run in this number type: a recipe's `auto`, `float32` or `bfloat16`.
+
+    A model in half precision computes in its own. Nothing is cached: teacher and student are one set of parameters
+    whose values change places meanwhile.
+    """
     wanted = number_type() if precision == "auto" else precision
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted == "bfloat16")
+    half = model.dtype if model.dtype != torch.float32 else torch.bfloat16
+    on = model.dtype != torch.float32 or wanted == "bfloat16"
+    return torch.autocast(model.device.type, half, enabled=on, cache_enabled=False)

@@ -58,18 +58,24 @@ def distill(
         samples: (n, S) token sequences of the teacher.
     """
     torch.manual_seed(settings.seed)
+    with without_dropout(model), surgery.frozen(model), surgery.converted(model, plan) as conversion:
+        learned = conversion.learned()
+        if settings.transfer and settings.transfer.steps and learned:
+            transfer(model, conversion, Texts(samples), settings.transfer, settings.seed, folder, track)
+        if settings.lora and any(spec != Full() for specs in plan.values() for spec in specs):
+            _lora(model, conversion, plan, samples, settings.lora, settings.seed, folder, track)
+        with replacing(folder / OPERATORS) as temporary:
+            save_file({name: p.detach().contiguous() for name, p in learned.items()}, temporary)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Inside, nothing is dropped: the student is to match the teacher, not a noisy version of it."""
     dropouts = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
     for module in dropouts:
-        module.p = 0.0  # the student is to match the teacher, not a noisy version of it
+        module.p = 0.0
     try:
-        with surgery.frozen(model), surgery.converted(model, plan) as conversion:
-            learned = conversion.learned()
-            if settings.transfer and settings.transfer.steps and learned:
-                transfer(model, conversion, Texts(samples), settings.transfer, settings.seed, folder, track)
-            if settings.lora and any(spec != Full() for specs in plan.values() for spec in specs):
-                _lora(model, conversion, plan, samples, settings.lora, settings.seed, folder, track)
-            with replacing(folder / OPERATORS) as temporary:
-                save_file({name: p.detach().contiguous() for name, p in learned.items()}, temporary)
+        yield
     finally:
         for module, rate in dropouts.items():
             module.p = rate

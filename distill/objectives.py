@@ -30,12 +30,14 @@ def attention_transfer(model: Any, conversion: Conversion, samples: Samples, row
         if any(p.requires_grad for p in site.parameters()):
             with torch.enable_grad():
                 got = site.operate(q.detach(), k.detach(), v.detach(), call, student=True)
+                if not got.requires_grad:  # it learned what stands before its projections, which is not seen here
+                    return want
                 loss = (got - want).float().square().sum() / want.float().square().sum().clamp_min(1e-12)
                 loss.backward()
             losses.append(loss.item())
         return want
 
-    with torch.no_grad(), conversion.observe(observe):
+    with torch.no_grad(), conversion.teacher(), conversion.observe(observe):
         samples.run(model, rows)
     return sum(losses) / max(1, len(losses))
 

@@ -48,6 +48,7 @@ log = logging.getLogger("attnconvert")
 CONDITIONS = "conditions.safetensors"
 STUDENT = "student"  # the arm that is exported
 COSTS = "costs.json"
+CALIBRATION, CASES = 15485863, 32452843  # added to seeds: noise that neither distillation nor evaluation sees
 
 
 class Work:
@@ -165,7 +166,7 @@ class Work:
             UsageError: it is too short, or overlaps the calibration text, or a gate is of what is not measured.
         """
         if self.recipe.kind == "images":
-            self.images.entries([0])  # reads the conditions
+            self.images.check(self.of_images)
             return
         settings, gates = self.of_text.evaluate, self.of_text.gates
         encoder = is_encoder(self.model)
@@ -184,7 +185,9 @@ class Work:
         """What the statistics of the profile are taken from: calibration texts, or states of the teacher."""
         if self.recipe.kind == "images":
             settings = self.of_images.profile
-            return self.images.states(settings.states, settings.seed, settings.bands, "calibration states")
+            return self.images.states(
+                settings.states, settings.seed + CALIBRATION, settings.bands, "calibration states"
+            )
         texts = self.of_text.profile
         return Texts(self.sequences(self.calibration, texts.sequences, texts.length, texts.seed))
 
@@ -194,7 +197,7 @@ class Work:
         if self.recipe.kind == "images":
             wanted = self.of_images.profile
             count = max(wanted.cases, *(select.measure_cases for select in self._selections()))
-            return self.images.states(count, wanted.seed + 1, wanted.bands, "states to measure on")
+            return self.images.states(count, wanted.seed + CASES, wanted.bands, "states to measure on")
         settings = self.of_text.profile
         return self.cases(settings.needles, self.calibration, settings.seed)
 

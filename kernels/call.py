@@ -66,7 +66,8 @@ class Call:
 class Shape:
     """One KV group: `queries` query heads over one KV head of size `dim`; `element` is bytes per cached number.
 
-    Where it is not `causal` rows read in both directions, and nothing is cached. `layout` is that of the call.
+    Where it is not `causal` rows read in both directions, and nothing is cached. `layout` is that of the call, `groups`
+    the KV groups of the site, which share what is done once for all of them.
     """
 
     queries: int
@@ -74,6 +75,7 @@ class Shape:
     element: int = 2
     causal: bool = True
     layout: Layout | None = None
+    groups: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

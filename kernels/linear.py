@@ -177,6 +177,8 @@ def prefill_cost(spec: Linear, shape: Shape, length: int) -> Cost:
     if spec.conv:
         layout = grid.checked(spec, shape.layout, length)
         flops += 2 * spec.conv**2 * (length - layout.text) * g * d
+    if spec.augment:  # C → C / 2 → C before q and before k, once for the site
+        flops += 4 * (shape.groups * g * d) ** 2 * length / shape.groups
     return Cost(flops=flops, bytes=io, state_bytes=state_size(spec, shape, length))
 
 

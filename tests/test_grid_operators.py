@@ -255,10 +255,10 @@ def test_what_is_added_starts_as_if_it_were_not_there():
     assert torch.equal(fresh(Linear(conv=3, augment=True)), fresh(Linear()))
     learned = operators.of(Linear(augment=True)).parameters(Linear(augment=True), 4, 2, 8)
     h = torch.randn(2, 5, 32)
-    assert not learned.augment_q(h).any()
-    assert not learned.augment_k(h.bfloat16()).any()
+    assert torch.equal(learned.augment_q(h), h)
+    assert torch.equal(learned.augment_k(h.bfloat16()), h.bfloat16())
     learned.augment_q.mlp[3].weight.data.normal_()
-    assert learned.augment_q(h).abs().max() > 0.1
+    assert not torch.allclose(learned.augment_q(h), h)
 
 
 def test_a_convolution_sees_its_own_frame_only_and_no_text():

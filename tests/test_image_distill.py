@@ -108,7 +108,7 @@ def test_latents_alone_take_less_and_serve_noised_states_only(images: Images, tm
         (Disc(radius=1.5), {"weights": "lora", "rank": 4}),
         (Disc(radius=1.5), {"weights": "projections"}),
         (Linear(conv=3), {"weights": "operators"}),
-        (Linear(), {"weights": "lora", "rank": 2, "states": "noised", "diffusion": 0.5, "feature": 0.5}),
+        (Linear(), {"weights": "lora", "rank": 2, "states": "noised", "diffusion": 0.01, "feature": 0.5}),
         (Disc(radius=1.5), {"weights": "projections", "distribution": 0.1}),
     ],
 )

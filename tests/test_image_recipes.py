@@ -33,7 +33,9 @@ IMAGES = [name for name in shipped_recipes() if load_recipe(name).kind == "image
 # --- told beforehand --------------------------------------------------------------------------------------------------
 
 KNOWN = {  # attentions, heads of the first, image tokens, parameters in millions
+    "flux-mnist-linear": (5, 2, 256, 2.0),
     "flux-mnist-local": (5, 2, 256, 2.0),
+    "flux-mnist-sla": (5, 2, 256, 2.0),
     "flux.1-dev-clear": (57, 24, 4096, 11901.4),
     "sd3.5-medium-clear": (37, 24, 4096, 2243.2),
     "sd1.5-linfusion": (16, 8, 4096, 859.5),

@@ -50,6 +50,7 @@ def make_profile(layers=4, kv_heads=2, seed=0, candidates=(WIDE, NARROW), scales
         },
         curves={},
         similarity=[],
+        bands={},
         gates={"duo": per(draw[0], 1), "linvideo": per(draw[1], 1)},
         problems=[],
         teacher={},

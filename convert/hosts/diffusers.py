@@ -211,6 +211,11 @@ class Watch:
 
     def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for name, attention in self.places.items():
+            if submodule(model, name) is not attention:
+                raise Unsupported(
+                    f"{name} was replaced after the model was converted, by a {type(submodule(model, name)).__name__} "
+                    "that would run full attention: remove the conversion, make the change, then convert again"
+                )
             if attention.processor is not self.processors[name]:
                 raise Unsupported(
                     f"the processor of {name} was replaced by {type(attention.processor).__name__} after the model "
@@ -346,9 +351,9 @@ def converted_model(base: type[Any], write_code: Callable[[Path], None]) -> type
             """As ever, without the entries that are for others to read."""
             found = super().load_config(*args, **kwargs)
             config = found[0] if isinstance(found, tuple) else found
-            for name, value in _barrier(cls.__name__).items():
-                if config.get(name) == value:
-                    del config[name]
+            if str((config.get("quantization_config") or {}).get("quant_method", "")).startswith(f"{NAME}:"):
+                del config["quantization_config"]
+            config.pop("auto_map", None)
             return found
 
         def save_config(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import itertools
 import math
 import os
@@ -94,8 +95,9 @@ def quality(recipe: str, seed: int, retrain: bool, out: Path, track: Track) -> d
     moved.append("gates.step_speedup={}")
     work = Work(Run.create(load_recipe(recipe, moved), out / recipe / f"seed-{trained}"), track)
     pipeline.run_stages(work, "distill")
-    folder = out / "evaluation" / f"seed-{seed}"
-    mine = folder / recipe
+    drawn = f"{work.of_images.images}{work.of_images.evaluate}"
+    folder = out / "evaluation" / f"seed-{seed}-{hashlib.sha256(drawn.encode()).hexdigest()[:12]}"
+    mine = folder / f"{recipe}-{work.run.key('distill')[:12]}"
     mine.mkdir(parents=True, exist_ok=True)
     shared = ("teacher.safetensors", "fresh.safetensors", "teacher.json")
     for name in shared:
