@@ -83,7 +83,7 @@ def main() -> None:
         elif part == "speed":
             keep(part, speed(given.out, track))
         elif part == "layers":
-            keep(part, layers(given.out, track))
+            keep(part, layers(given.seeds, given.out, track))
     images_tables.write(found)
 
 
@@ -141,11 +141,11 @@ def speed(out: Path, track: Track) -> list[dict[str, Any]]:
     return rows
 
 
-def layers(out: Path, track: Track) -> list[dict[str, Any]]:
+def layers(seeds: int, out: Path, track: Track) -> list[dict[str, Any]]:
     """Velocity error of every choice of 2 and 3 of the 5 layers, linear and fitted, and which one each method takes."""
     recipe = load_recipe(HERE / "linvideo-study.yaml")
     rows = []
-    for seed in range(3):
+    for seed in range(seeds):
         work = Work(Run.create(_seeded(recipe, seed), out / "layers" / f"seed-{seed}"), track)
         pipeline.run_stages(work, "profile")
         profile = pipeline.measured_profile(work.run)
