@@ -221,6 +221,7 @@ def small(name: str, folder: Path) -> ImageRecipe:
     settings = [
         f"model={{folder: {folder / 'model'}}}",
         f"images.size={size}",
+        *(["images.prediction=epsilon"] if "linfusion" in name else []),  # a folder without its pipeline's scheduler
         "images.prompts=null",
         f"images.conditions={folder / 'bank.safetensors'}",
         f"profile.candidates=[{operator}]",
@@ -233,7 +234,7 @@ def small(name: str, folder: Path) -> ImageRecipe:
         first = min(shipped.select.explicit)  # Wan 14B keeps the first layer
         settings.append(f"select.explicit={{{first}-{layers - 1}: {operator}}}")
     else:
-        settings += ["select.layers=2", "profile.gate_steps=4", "profile.transfer_steps=2", "distill.transfer.steps=2"]
+        settings += ["select.layers=2", "profile.gate_steps=4", "profile.transfer_steps=2"]
     found = load_recipe(name, settings)
     assert isinstance(found, ImageRecipe)
     return found
