@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,16 +89,23 @@ def model_card(
 
 def figures(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The measured table as text: the arms, teacher and student first, and a row of name and cells per figure."""
+    arms, found, rows = first_rows(evaluation, "KV groups")
+    rows += [*_quality(arms, found), *_costs(arms, found), *_speed(arms, dig(evaluation, "speed", default={}))]
+    return arms, filled(rows)
+
+
+def first_rows(evaluation: Mapping[str, Any], groups: str) -> tuple[list[str], Mapping[str, Any], list[list[str]]]:
+    """The arms in their order, what was found of them, and the rows that every kind of model has."""
     found = dig(evaluation, "arms", default={})
     arms = sorted(found, key=lambda arm: {"teacher": 0, "student": 1}.get(arm, 2))
-    rows = [
-        ["KV groups converted", *(NONE if arm == "teacher" else percent(dig(found[arm], "converted")) for arm in arms)],
-        ["trained", *({True: "yes", False: "no"}.get(dig(found[arm], "trained"), NONE) for arm in arms)],
-        *_quality(arms, found),
-        *_costs(arms, found),
-        *_speed(arms, dig(evaluation, "speed", default={})),
-    ]
-    return arms, [row for row in rows if any(cell != NONE for cell in row[1:])]
+    converted = (NONE if arm == "teacher" else percent(dig(found[arm], "converted")) for arm in arms)
+    trained = ({True: "yes", False: "no"}.get(dig(found[arm], "trained"), NONE) for arm in arms)
+    return arms, found, [[f"{groups} converted", *converted], ["trained", *trained]]
+
+
+def filled(rows: Iterable[list[str]]) -> list[list[str]]:
+    """Those that say something of any arm."""
+    return [row for row in rows if any(cell != NONE for cell in row[1:])]
 
 
 def _lengths(found: Mapping[str, Any], field: str) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .artefacts import dig
-from .card import beside, front_matter, gates, made, what
+from .card import beside, filled, first_rows, front_matter, gates, made, what
 from .evaluation_order import band_names, sizes_of, slower_sizes
 from .report_html import NONE, duration, number, percent, ratio, size
 
@@ -95,16 +95,9 @@ def image_card(
 
 def image_figures(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The measured table as text: the arms, teacher and student first, and a row of name and cells per figure."""
-    found = dig(evaluation, "arms", default={})
-    arms = sorted(found, key=lambda arm: {"teacher": 0, "student": 1}.get(arm, 2))
-    rows = [
-        ["heads converted", *(NONE if arm == "teacher" else percent(dig(found[arm], "converted")) for arm in arms)],
-        ["trained", *({True: "yes", False: "no"}.get(dig(found[arm], "trained"), NONE) for arm in arms)],
-        *_quality(arms, found),
-        ["attention FLOPs", *(ratio(dig(found[arm], "flops_ratio")) for arm in arms)],
-        *_steps(arms, evaluation),
-    ]
-    return arms, [row for row in rows if any(cell != NONE for cell in row[1:])]
+    arms, found, rows = first_rows(evaluation, "heads")
+    flops = ["attention FLOPs", *(ratio(dig(found[arm], "flops_ratio")) for arm in arms)]
+    return arms, filled([*rows, *_quality(arms, found), flops, *_steps(arms, evaluation)])
 
 
 def _quality(arms: Sequence[str], found: Mapping[str, Any]) -> Iterator[list[str]]:

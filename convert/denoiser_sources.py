@@ -19,6 +19,7 @@ from .sources import ModelFiles, fetch_folder, fetch_hub, shipped_folder
 
 log = logging.getLogger("attnconvert")
 
+CONDITIONS, CLASSIFIER = "conditions.safetensors", "classifier.safetensors"  # in the folder of a model
 PARTS = ("transformer", "unet")  # of a pipeline's folder: where its denoiser is
 PREDICTIONS = {  # what a class predicts where no scheduler says it
     "FluxTransformer2DModel": Process(kind="flow"),
@@ -46,7 +47,7 @@ def fetch_denoiser(source: ModelSource, *, encoders: bool = False, track: Track 
     if source.hub is not None:
         parts = [source.subfolder] if source.subfolder else list(PARTS)
         names = [f"{part}/{name}" for part in parts for name in ("*.json", "*.safetensors")]
-        wanted = ["model_index.json", "config.json", "scheduler/*.json", "conditions.safetensors", *names]
+        wanted = ["model_index.json", "config.json", "scheduler/*.json", CONDITIONS, *names]
         if encoders:  # SD 1.5 and others have the same weights in other formats and precisions beside these
             kinds = ("*.json", "*.txt", "*.model", "model.safetensors", "model-*-of-*.safetensors")
             wanted += [f"tokenizer*/{kind}" for kind in kinds[:3]] + [f"text_encoder*/{kind}" for kind in kinds]
@@ -57,7 +58,7 @@ def fetch_denoiser(source: ModelSource, *, encoders: bool = False, track: Track 
         revision, name = None, source.shipped or root.name
     folder = _denoiser_folder(root, source.subfolder)
     files = fetch_folder(folder, name, revision, track)
-    own = [folder / name for name in ("conditions.safetensors", "classifier.safetensors")]
+    own = [folder / name for name in (CONDITIONS, CLASSIFIER)]
     sums = {path.name: sha256_file(path) for path in own if path.is_file()}
     return ModelFiles(**{**vars(files), "sha256": files.sha256 | sums, "pipeline": root if root != folder else None})
 

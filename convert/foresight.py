@@ -19,7 +19,7 @@ from ..kernels.masks import Layout
 from ..kernels.masks_density import density
 from ..kernels.spec import Full, Sla, Sparse, Spec, label, nested
 from .conditioning import load_conditions
-from .denoiser_sources import PREDICTIONS, architecture, class_of
+from .denoiser_sources import CONDITIONS, PREDICTIONS, architecture, class_of
 from .errors import UsageError, one_line
 from .evaluation_images import attention_flops
 from .foresight_memory import training_memory
@@ -99,7 +99,7 @@ def empty_model(config: Mapping[str, Any], origin: Path) -> Any:
 
 def prompt_tokens(recipe: ImageRecipe, model: Any, origin: Path) -> tuple[int, str]:
     """How many tokens a prompt has where it takes part in attention, and from where that is known."""
-    own = origin.parent / "conditions.safetensors"
+    own = origin.parent / CONDITIONS
     bank = recipe.images.conditions or (own if own.is_file() and recipe.images.prompts is None else None)
     if recipe.images.prompts is not None:
         read_prompts(recipe.images.prompts)

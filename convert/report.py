@@ -12,7 +12,7 @@ from .artefacts import Artefacts, dig, read_artefacts
 from .files import write_bytes, write_text
 from .headmaps import standalone
 from .keys import STAGES
-from .report_comparison import arms_table, conclusions, loss_points, speed_series
+from .report_comparison import arms_table, conclusions, converted_tile, loss_points, speed_series
 from .report_html import duration, facts, figure, number, page, percent, ratio, section, size, table, tile, tokens
 from .report_maps import choice_section, profile_section
 from .report_selection import front_section
@@ -147,12 +147,7 @@ def _gains(evaluation: Mapping[str, Any], student: Mapping[str, Any]) -> list[st
         tiles.append(
             tile("Attention FLOPs", ratio(value), f"at {tokens(length)} tokens", "by the cost model", bad=value > 1)
         )
-    if student.get("converted") is not None:
-        operators = dig(student, "operators", default={})
-        full, groups = operators.get("full", 0), sum(operators.values())
-        change = f"{groups - full} of {groups} KV groups" if groups else "of the KV groups"
-        tiles.append(tile("Converted", percent(student["converted"], 0), change))
-    return tiles
+    return [*tiles, *converted_tile(student, "KV groups")]
 
 
 def _losses(evaluation: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from .artefacts import dig
-from .report_html import NONE, duration, number, percent, ratio, size, table, tokens
+from .report_html import NONE, duration, number, percent, ratio, size, table, tile, tokens
 
 EQUAL_BYTES = 0.03  # relative difference below which two arms count as equally large
 
@@ -19,7 +19,7 @@ def arms_table(evaluation: Mapping[str, Any], select: Mapping[str, Any]) -> str:
     found = {arm: dig(evaluation, "arms", arm, default={}) for arm in arms}
     rows: list[Sequence[str]] = []
     for title, block in (
-        ("Choice", _choice_rows(found, select)),
+        ("Choice", choice_rows(found, select, "KV groups")),
         ("Quality", _quality_rows(found)),
         ("Retrieval", _retrieval_rows(found)),
         ("Memory and work, by the cost model", _cost_rows(found)),
@@ -36,7 +36,19 @@ def ordered(evaluation: Mapping[str, Any]) -> list[str]:
     return sorted(arms, key=lambda arm: ("teacher", "student").index(arm) if arm in ("teacher", "student") else 2)
 
 
-def _choice_rows(found: Mapping[str, Any], select: Mapping[str, Any]) -> list[list[str]]:
+def converted_tile(student: Mapping[str, Any], groups: str) -> list[str]:
+    """How much of the model is converted; nothing where that is not known. `groups` are KV groups or heads."""
+    if student.get("converted") is None:
+        return []
+    operators = dig(student, "operators", default={})
+    full, every = operators.get("full", 0), sum(operators.values())
+    change = f"{every - full} of {every} {groups}" if every else f"of the {groups}"
+    return [tile("Converted", percent(student["converted"], 0), change)]
+
+
+def choice_rows(found: Mapping[str, Any], select: Mapping[str, Any], groups: str) -> list[list[str]]:
+    """How each arm was chosen and what it has; `groups` are KV groups or heads."""
+
     def operators(arm: str) -> str:
         counts = {name: n for name, n in dig(found[arm], "operators", default={}).items() if name != "full"}
         shown = "<br>".join(f"{n} {escape(name)}" for name, n in counts.items())
@@ -47,7 +59,7 @@ def _choice_rows(found: Mapping[str, Any], select: Mapping[str, Any]) -> list[li
 
     return [
         ["method", *(escape(str(dig(select, "arms", arm, "method", default=NONE))) for arm in found)],
-        ["KV groups converted", *(percent(dig(found[arm], "converted"), 0) for arm in found)],
+        [f"{groups} converted", *(percent(dig(found[arm], "converted"), 0) for arm in found)],
         ["operators", *(operators(arm) for arm in found)],
         ["trained", *(trained(arm) for arm in found)],
     ]

@@ -11,7 +11,7 @@ from typing import Any
 
 from .artefacts import Artefacts, dig
 from .evaluation_order import band_names, sizes_of, slower_sizes
-from .report_comparison import EQUAL_BYTES, and_list, judged, noise_of, ordered
+from .report_comparison import EQUAL_BYTES, and_list, choice_rows, converted_tile, judged, noise_of, ordered
 from .report_heat import Pictures
 from .report_html import NONE, duration, figure, number, percent, ratio, section, size, table, tile, tokens
 
@@ -68,12 +68,7 @@ def gains(evaluation: Mapping[str, Any], student: Mapping[str, Any]) -> list[str
         value = student["flops_ratio"]
         at = f"at {times('x'.join(map(str, dig(evaluation, 'data', 'size', default=[]))))}"
         tiles.append(tile("Attention FLOPs", ratio(value), at, "by the cost model", bad=value > 1))
-    if student.get("converted") is not None:
-        operators = dig(student, "operators", default={})
-        full, heads = operators.get("full", 0), sum(operators.values())
-        change = f"{heads - full} of {heads} heads" if heads else "of the heads"
-        tiles.append(tile("Converted", percent(student["converted"], 0), change))
-    return tiles
+    return [*tiles, *converted_tile(student, "heads")]
 
 
 def losses(evaluation: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:
@@ -197,7 +192,7 @@ def arms_table(evaluation: Mapping[str, Any], select: Mapping[str, Any]) -> str:
     found = {arm: dig(evaluation, "arms", arm, default={}) for arm in arms}
     rows: list[Sequence[str]] = []
     for title, block in (
-        ("Choice", _choice_rows(found, select)),
+        ("Choice", choice_rows(found, select, "heads")),
         ("Prediction", _prediction_rows(found)),
         ("Images from the same noise", _image_rows(found)),
         ("Work, by the cost model", [["attention FLOPs of a step", *(_flops(arm, found[arm]) for arm in arms)]]),
@@ -207,23 +202,6 @@ def arms_table(evaluation: Mapping[str, Any], select: Mapping[str, Any]) -> str:
         rows += [[title], *filled] if filled else []
     head = ["", *(escape(arm) for arm in arms)]
     return table(head, rows, strong=1 + arms.index("student") if "student" in arms else None)
-
-
-def _choice_rows(found: Mapping[str, Any], select: Mapping[str, Any]) -> list[list[str]]:
-    def operators(arm: str) -> str:
-        counts = {name: n for name, n in dig(found[arm], "operators", default={}).items() if name != "full"}
-        shown = "<br>".join(f"{n} {escape(name)}" for name, n in counts.items())
-        return "full" if arm == "teacher" else shown or NONE
-
-    def trained(arm: str) -> str:
-        return {True: "yes", False: "no"}.get(dig(found[arm], "trained"), NONE) if arm != "teacher" else NONE
-
-    return [
-        ["method", *(escape(str(dig(select, "arms", arm, "method", default=NONE))) for arm in found)],
-        ["heads converted", *(percent(dig(found[arm], "converted"), 0) for arm in found)],
-        ["operators", *(operators(arm) for arm in found)],
-        ["trained", *(trained(arm) for arm in found)],
-    ]
 
 
 def _prediction_rows(found: Mapping[str, Any]) -> list[list[str]]:

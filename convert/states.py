@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .conditioning import Conditions
 from .hosts.denoising import Calling, predict
+from .image_metrics import velocity_error
 from .processes import Process
 from .sampling import Drawn
 
@@ -72,7 +73,7 @@ class States:
 
     def compared(self, case: int, want: Tensor, got: Tensor) -> dict[str, float]:
         """The relative squared error; there is no retrieval to lose."""
-        return {"kl": relative_error(want, got), "needle": 0.0}
+        return {"kl": velocity_error(got, want), "needle": 0.0}
 
     def answer_loss(self, case: int, answers: Tensor) -> float:
         """Nothing is asked for."""
@@ -82,12 +83,6 @@ class States:
         """The model's original loss, relative: squared error to the data's own target over the target's square."""
         got, want = self.run(model, torch.tensor([case]))[0].float(), self.target[case].to(model.device).float()
         return (got - want).square().sum() / want.square().sum().clamp_min(1e-12)
-
-
-def relative_error(want: Tensor, got: Tensor) -> float:
-    """‖got − want‖² / ‖want‖²"""
-    want, got = want.float(), got.float()
-    return ((got - want).square().sum() / want.square().sum().clamp_min(1e-12)).item()
 
 
 def states_of(

@@ -112,7 +112,7 @@ def evaluate_images(
             specs = {spec for specs in plans[student].groups.values() for spec in specs}
             # an operator that depends on the time is timed over the sampler's way, five of its steps
             times = images.times[:: max(1, len(images.times) // 5)] if any(nested(s) for s in specs) else [0.5]
-            calls = {name: partial(_step, images, model, times) for name, model in pair.items()}
+            calls = {name: partial(one_step, images, model, times=times) for name, model in pair.items()}
             base = math.prod(work.of_images.images.size)
 
             def count(size: Sequence[int]) -> int:
@@ -139,7 +139,3 @@ def one_step(images: Images, model: Any, size: Sequence[int], times: Sequence[fl
             denoise(x, torch.full((len(x),), time, device=model.device), asked)
 
     return run
-
-
-def _step(images: Images, model: Any, times: Sequence[float], size: Sequence[int]) -> Callable[[], None]:
-    return one_step(images, model, size, times)

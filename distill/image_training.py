@@ -20,13 +20,23 @@ from ..convert.errors import UsageError
 from ..convert.files import replacing
 from ..convert.hosts.denoisers import aside
 from ..convert.hosts.sites import Conversion, Site, SiteOperators, submodule
-from ..convert.hosts.surgery import converted, frozen
+from ..convert.hosts.surgery import block_of, converted, frozen, linear_layers
 from ..convert.seeds import rng
 from ..kernels.call import Call
 from ..kernels.spec import Full, Spec
 from .image_samples import Kept, KeptStates
 from .images import Images, computing_in
-from .loop import ADAPTER, OPERATORS, PROJECTIONS, Trainer, forget_adapters, replacing_folder, transfer, without_dropout
+from .loop import (
+    ADAPTER,
+    OPERATORS,
+    PROJECTIONS,
+    Trainer,
+    checkpointing,
+    forget_adapters,
+    replacing_folder,
+    transfer,
+    without_dropout,
+)
 from .objectives import hidden_error, matching
 
 if TYPE_CHECKING:
@@ -49,7 +59,7 @@ def distill_images(
                 raise UsageError("distill.transfer runs on trajectories: set sample.keep to trajectory")
             states = KeptStates(kept, images.caller)
             transfer(model, conversion, states, settings.transfer, settings.seed, folder, images.track)
-        if settings.training and any(spec != Full() for specs in plan.values() for spec in specs):
+        if settings.training and _converted(plan):
             _train(images, conversion, plan, kept, settings.training, settings.seed, folder)
         with replacing(folder / OPERATORS) as temporary:
             save_file({name: p.detach().contiguous() for name, p in learned.items()}, temporary)
@@ -72,20 +82,7 @@ def _train(
                 "distill.training.weights is operators, but none of the plan's operators learns anything: train lora "
                 "or projections, or set distill.training to null"
             )
-        for p in learned.values():
-            p.requires_grad_(True)
-        optimizer = torch.optim.AdamW(list(learned.values()), lr=settings.lr, weight_decay=settings.weight_decay)
-        trainer = Trainer(
-            "training",
-            learned,
-            optimizer,
-            settings.lr,
-            settings.steps,
-            settings.warmup,
-            settings.clip,
-            settings.checkpoint_every,
-            folder,
-        )
+        trainer = Trainer.of("training", learned, settings, settings.steps, folder)
         losses = _Losses(images, conversion, kept, settings, teacher, seed)
 
         def step(rows: Tensor) -> dict[str, float]:
@@ -96,7 +93,7 @@ def _train(
                 total.backward()
             return {"loss": total.item(), **{name: value.item() for name, value in parts.items()}}
 
-        with _checkpointing(model, settings.gradient_checkpointing):
+        with checkpointing(model, settings.gradient_checkpointing):
             count = len(kept) if settings.states == "trajectory" else len(kept.x)
             trainer.run(step, torch.arange(count), settings.batch, seed, images.track)
         for p in learned.values():
@@ -177,30 +174,21 @@ def _own_projections(
 
 
 def _projections(model: Any, plan: Mapping[Site, Sequence[Spec]]) -> dict[str, nn.Module]:
-    """The linear layers of the attentions that are converted, by full name, without those that operators brought."""
-    found: dict[str, nn.Module] = {}
-    for site, specs in plan.items():
-        if any(spec != Full() for spec in specs):
-            found |= _linear_layers(submodule(model, site.name), site.name)
-    return found
-
-
-def _linear_layers(module: nn.Module, name: str) -> dict[str, nn.Module]:
-    inner = {id(m) for child in module.modules() if isinstance(child, SiteOperators) for m in child.modules()}
-    layers = {f"{name}.{key}": child for key, child in module.named_modules() if isinstance(child, nn.Linear)}
-    return {key: child for key, child in layers.items() if id(child) not in inner}
+    """The linear layers of the attentions that are converted, by full name."""
+    return _inside(model, [site.name for site in _converted(plan)])
 
 
 def _blocks(model: Any, plan: Mapping[Site, Sequence[Spec]]) -> dict[str, nn.Module]:
-    """The linear layers of the blocks that hold converted attentions: the entries of lists of modules."""
-    found: dict[str, nn.Module] = {}
-    for site, specs in plan.items():
-        if any(spec != Full() for spec in specs):
-            path = site.name.split(".")
-            lists = [n for n in range(1, len(path)) if isinstance(submodule(model, ".".join(path[:n])), nn.ModuleList)]
-            block = ".".join(path[: lists[-1] + 1])
-            found |= _linear_layers(submodule(model, block), block)
-    return found
+    """The linear layers of the blocks that hold converted attentions; of an attention in none, its own."""
+    return _inside(model, [block_of(model, site.name) or site.name for site in _converted(plan)])
+
+
+def _converted(plan: Mapping[Site, Sequence[Spec]]) -> list[Site]:
+    return [site for site, specs in plan.items() if any(spec != Full() for spec in specs)]
+
+
+def _inside(model: Any, names: Sequence[str]) -> dict[str, nn.Module]:
+    return {key: layer for name in names for key, layer in linear_layers(submodule(model, name), name).items()}
 
 
 class _Losses:
@@ -257,10 +245,7 @@ class _Losses:
     def _distribution(self, x: Tensor, t: Tensor, entries: Tensor, got: Tensor) -> Tensor:
         """LinVideo's any-time distribution matching: one step of the student's own, judged where it arrives."""
         images = self.images
-        if images.process.kind != "flow":
-            raise UsageError(
-                f"distill.training.distribution is of models that predict a flow, this one {images.process.kind}"
-            )
+        images.require_flow()
         times = self.times.to(x.device)
         number = (times[None] > t[:, None] - 1e-6).sum(1)  # of the sampler's next step
         # a score needs t > 0, so that a step to the data itself stops half way
@@ -299,17 +284,3 @@ def _comparing(outputs: Mapping[str, list[Tensor]], errors: list[Tensor]) -> Any
         return o
 
     return observe
-
-
-@contextlib.contextmanager
-def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
-    """diffusers checkpoints gradients in training mode only; without it the model stays as it is."""
-    if wanted:
-        model.enable_gradient_checkpointing()
-        model.train()
-    try:
-        yield
-    finally:
-        model.eval()
-        if wanted:
-            model.disable_gradient_checkpointing()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..convert.conditioning import Conditions, load_conditions
-from ..convert.denoiser_sources import process_of
+from ..convert.denoiser_sources import CLASSIFIER, CONDITIONS, process_of
 from ..convert.errors import UsageError, one_line
 from ..convert.hosts.denoising import Calling, latent_shape, token_grid
 from ..convert.hosts.sites import Site, SiteOperators, all_full
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from ..convert.progress import Track
     from ..convert.recipe_images import ImageRecipe, ImageSettings
     from ..convert.sources import ModelFiles
-
-CONDITIONS, CLASSIFIER = "conditions.safetensors", "classifier.safetensors"  # in the folder of a model
 
 
 class Images:
@@ -96,10 +94,8 @@ class Images:
         for size in (self.settings.size, *(recipe.evaluate.speed.sizes if recipe.evaluate.speed else ())):
             token_grid(self.model, size)
         training = recipe.distill.training
-        if training and training.distribution and self.process.kind != "flow":
-            raise UsageError(
-                f"distill.training.distribution is of models that predict a flow, this one predicts {self.process.kind}"
-            )
+        if training and training.distribution:
+            self.require_flow()
         if self.classifier is None:
             for name in ("right_class", "frechet_rise"):
                 if getattr(recipe.gates, name) is not None:
@@ -113,6 +109,13 @@ class Images:
             raise UsageError(
                 f"the classifier does not take samples of {'×'.join(map(str, self.shape))}: {one_line(error)}"
             ) from error
+
+    def require_flow(self) -> None:
+        """Raises UsageError where the model does not predict a flow, which distribution matching is of."""
+        if self.process.kind != "flow":
+            raise UsageError(
+                f"distill.training.distribution is of models that predict a flow, this one predicts {self.process.kind}"
+            )
 
     def entries(self, numbers: Sequence[int]) -> Tensor:
         """(n,): what each sample is asked for; the prompts or classes in turns."""

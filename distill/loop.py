@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from ..convert.errors import AttnConvertError, UsageError
 from ..convert.files import replacing, write_text
 from ..convert.hosts import models, surgery
-from ..convert.hosts.sites import Conversion, Site, all_full, refusal
+from ..convert.hosts.sites import Conversion, Site, all_full, refusal, submodule
 from ..convert.hosts.surgery import convert
 from ..convert.seeds import rng
 from ..convert.text import Samples, Texts, samples_of
@@ -34,7 +35,7 @@ from .objectives import attention_transfer, difference
 if TYPE_CHECKING:
     from ..convert.progress import Track
     from ..convert.recipe import DistillSettings, LoraSettings, TransferSettings
-    from ..convert.recipe_images import ImageTransfer
+    from ..convert.recipe_images import ImageTraining, ImageTransfer
 
 OPERATORS, ADAPTER, PROJECTIONS = "operators.safetensors", "adapter", "projections.safetensors"
 LOG = "log.jsonl"
@@ -141,21 +142,7 @@ def _lora(
 ) -> None:
     student = get_peft_model(model, _adapter_config(model, plan, settings))
     learned = {name: p for name, p in student.named_parameters() if p.requires_grad} | conversion.learned()
-    for p in learned.values():
-        p.requires_grad_(True)
-    steps = settings.epochs * math.ceil(len(samples) / settings.batch)
-    optimizer = torch.optim.AdamW(list(learned.values()), lr=settings.lr, weight_decay=settings.weight_decay)
-    trainer = Trainer(
-        "lora",
-        learned,
-        optimizer,
-        settings.lr,
-        steps,
-        settings.warmup,
-        settings.clip,
-        settings.checkpoint_every,
-        folder,
-    )
+    trainer = Trainer.of("lora", learned, settings, settings.epochs * math.ceil(len(samples) / settings.batch), folder)
 
     def step(ids: Tensor) -> dict[str, float]:
         with torch.no_grad(), conversion.teacher(), student.disable_adapter():
@@ -166,7 +153,7 @@ def _lora(
         return {"loss": loss.item()}
 
     try:
-        with _checkpointing(model, settings.gradient_checkpointing):
+        with checkpointing(model, settings.gradient_checkpointing):
             trainer.run(step, samples, settings.batch, seed, track)
         with replacing_folder(folder / ADAPTER) as temporary:
             student.save_pretrained(str(temporary), save_embedding_layers=False)
@@ -192,27 +179,35 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
-    """transformers checkpoints gradients in training mode only; without it the model stays as it is."""
-    word = (
-        "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    )  # renamed in transformers 5.2x
+def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
+    """Both hosts checkpoint gradients in training mode only; without it the model stays as it is."""
     if wanted:
-        getattr(model, f"{word}_checkpointing_enable")({"use_reentrant": False})
+        enable, disable = _checkpointing_of(model)
+        enable()
         model.train()
     try:
         yield
     finally:
         model.eval()
         if wanted:
-            getattr(model, f"{word}_checkpointing_disable")()
+            disable()
+
+
+def _checkpointing_of(model: Any) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What turns it on and off."""
+    if hasattr(model, "enable_gradient_checkpointing"):  # of diffusers
+        return model.enable_gradient_checkpointing, model.disable_gradient_checkpointing
+    # renamed in transformers 5.2x
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    enable = partial(getattr(model, f"{word}_checkpointing_enable"), {"use_reentrant": False})
+    return enable, getattr(model, f"{word}_checkpointing_disable")
 
 
 def _adapter_config(model: Any, plan: Mapping[Site, Sequence[Spec]], settings: LoraSettings) -> LoraConfig:
     names: list[str] = []
     for site, specs in plan.items():
         if any(spec != Full() for spec in specs):
-            names += models.linear_layers(model, site)
+            names += surgery.linear_layers(submodule(model, site.name), site.name)
     if settings.targets is not None:
         chosen = [n for n in names if n.rpartition(".")[2] in settings.targets]
         if not chosen:
@@ -243,6 +238,21 @@ class Trainer:
         self.folder = folder
         self.path = folder / f"{phase}.safetensors"
         self.at = 0  # the step that runs
+
+    @staticmethod
+    def of(
+        phase: str,
+        learned: Mapping[str, nn.Parameter],
+        settings: LoraSettings | ImageTraining,
+        steps: int,
+        folder: Path,
+    ) -> Trainer:
+        """As the settings say; what is learned then asks for gradients."""
+        for p in learned.values():
+            p.requires_grad_(True)
+        optimizer = torch.optim.AdamW(list(learned.values()), lr=settings.lr, weight_decay=settings.weight_decay)
+        how = settings.lr, steps, settings.warmup, settings.clip, settings.checkpoint_every
+        return Trainer(phase, learned, optimizer, *how, folder)
 
     def rate(self, step: int) -> float:
         """Linear warm-up, then cosine to zero."""

@@ -13,6 +13,7 @@ import torch
 
 from ..convert.costs import Costs, require_costs
 from ..convert.costs_measure import here, measure_costs
+from ..convert.denoiser_sources import CONDITIONS, fetch_denoiser, load_denoiser
 from ..convert.errors import UsageError
 from ..convert.files import read_json, write_json
 from ..convert.hosts.models import find_sites, has_head, is_encoder, positions_of, require_positions
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from .images import Images
 
 log = logging.getLogger("attnconvert")
-CONDITIONS = "conditions.safetensors"
 STUDENT = "student"  # the arm that is exported
 COSTS = "costs.json"
 CALIBRATION, CASES = 15485863, 32452843  # added to seeds: noise that neither distillation nor evaluation sees
@@ -80,7 +80,6 @@ class Work:
         files = self.files
         log.info("loading %s", files.name)
         if self.recipe.kind == "images":
-            from ..convert.denoiser_sources import load_denoiser
             from .images import encoded
 
             if prompts := self.recipe.images.prompts:  # the text encoders come and go before the denoiser is there
@@ -95,8 +94,6 @@ class Work:
     def files(self) -> ModelFiles:
         """The files of the model, on this machine."""
         if self.recipe.kind == "images":
-            from ..convert.denoiser_sources import fetch_denoiser
-
             prompts = self.recipe.images.prompts is not None
             return fetch_denoiser(self.recipe.model, encoders=prompts, track=self.track)
         return fetch_model(self.recipe.model, track=self.track)

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import lowering
+from . import lowering, ops
 from .call import Call, Cost, Shape, refuse_limit
 from .masks import Layout
+from .problem import Blocks, Branch, Mixed
 from .spec import Spec, grid_axes, label
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -38,6 +39,24 @@ def layout_of(spec: Spec, k: Tensor, call: Call) -> Layout:
             f"{label(spec)} reads in both directions, and this call is causal: choose 'window' or 'blocks'"
         )
     return checked(spec, call.layout, k.shape[2])
+
+
+def mixed(
+    q: Tensor, k: Tensor, v: Tensor, where: Blocks, valid: Tensor | None, call: Call, branch: Branch | None = None
+) -> Mixed:
+    """One launch over lists of blocks, of tokens that stand in their order: q (B, H, S, D), k, v (B, Hk, K, D)."""
+    return ops.mixed_attention(
+        q,
+        k,
+        v,
+        where,
+        causal=False,
+        scale=call.scale,
+        valid=valid,
+        softcap=call.softcap or 0.0,
+        sink_logits=call.sink_logits,
+        branch=branch,
+    )
 
 
 def checked(spec: Spec, layout: Layout | None, tokens: int) -> Layout:

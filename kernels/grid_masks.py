@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import grid, lowering, masks_patterns, ops
+from . import grid, lowering, masks_patterns
 from .call import Call, Cost, Shape, dense
 from .masks import Layout, Mask
 from .masks_density import density
@@ -102,17 +102,7 @@ def attend(
             valid = _valid_with_cells(valid, q, pad, _count(layout, cells))
     else:
         where = lowering.blocks(mask(spec, layout), stored, block, q.device)
-    out = ops.mixed_attention(
-        q,
-        k,
-        v,
-        where,
-        causal=False,
-        scale=call.scale,
-        valid=valid,
-        softcap=call.softcap or 0.0,
-        sink_logits=call.sink_logits,
-    )
+    out = grid.mixed(q, k, v, where, valid, call)
     return grid.moved_back(stored, out.o), None
 
 

@@ -72,18 +72,9 @@ def attend(
     q, k, v = grid.moved(order, q, k, v)
     read = chosen_blocks(spec, order, q, k, valid, call.scale)
     fq, fk = features(spec, q, k, learned.maps)
-    out = ops.mixed_attention(
-        q,
-        k,
-        v,
-        from_map(read, (spec.block, spec.block), transposed=torch.is_grad_enabled()),
-        causal=False,
-        scale=call.scale,
-        valid=valid,
-        softcap=call.softcap or 0.0,
-        sink_logits=call.sink_logits,
-        branch=ops.branch(fq, only(fk, valid), index=range(k.shape[1]), shared=False),
-    )
+    branch = ops.branch(fq, only(fk, valid), index=range(k.shape[1]), shared=False)
+    where = from_map(read, (spec.block, spec.block), transposed=torch.is_grad_enabled())
+    out = grid.mixed(q, k, v, where, valid, call, branch)
     assert out.linear is not None
     o: Tensor = grid.moved_back(order, learned(out.o, out.linear))
     return o if learned.conv is None else o + local(own, learned.conv, layout), None

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import grid, ops
+from . import grid
 from .call import Call, Cost, Shape, dense, grouped
 from .masks import Layout
 from .masks_relations import stored_order
@@ -71,17 +71,8 @@ def attend(
     valid = grid.moved_mask(order, call.valid)
     q, k, v = grid.moved(order, q, k, v)
     read = chosen_blocks(spec, order, q, k, valid, call.scale)
-    out = ops.mixed_attention(
-        q,
-        k,
-        v,
-        from_map(read, (spec.block, spec.block), transposed=torch.is_grad_enabled()),
-        causal=False,
-        scale=call.scale,
-        valid=valid,
-        softcap=call.softcap or 0.0,
-        sink_logits=call.sink_logits,
-    )
+    where = from_map(read, (spec.block, spec.block), transposed=torch.is_grad_enabled())
+    out = grid.mixed(q, k, v, where, valid, call)
     return grid.moved_back(order, out.o), None
 
 

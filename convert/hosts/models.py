@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
 from .sites import NAME, Site, Unsupported, all_full, submodule
-from .surgery import converted
+from .surgery import block_of, converted
 
 
 @torch.no_grad()
@@ -181,15 +180,10 @@ class Replay:
     def __init__(self, model: PreTrainedModel, sites: Sequence[Site]) -> None:
         self.blocks: list[nn.Module] = []
         for site in sites:
-            path = site.name.split(".")
-            parents = [
-                n
-                for n in range(1, len(path))
-                if isinstance(model.get_submodule(".".join(path[: n - 1])), nn.ModuleList)
-            ]
-            if not parents:
+            block = block_of(model, site.name)
+            if block is None:
                 raise Unsupported(f"{site.name} is not in a list of blocks, so the model cannot be run from its middle")
-            self.blocks.append(model.get_submodule(".".join(path[: parents[-1]])))
+            self.blocks.append(model.get_submodule(block))
         self.outputs: list[Any] = []
 
     @contextlib.contextmanager
@@ -310,13 +304,3 @@ def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     with _forward(trunk(model), lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)):
         logits: Tensor = model(inputs_embeds=hidden, use_cache=False).logits
         return logits
-
-
-def linear_layers(model: PreTrainedModel, site: Site) -> dict[str, nn.Module]:
-    """The projections of a site by full name: nn.Linear, and GPT-2's Conv1D, which is one transposed."""
-    module = submodule(model, site.name)
-    return {
-        f"{site.name}.{name}": child
-        for name, child in module.named_modules()
-        if isinstance(child, nn.Linear | Conv1D) and not name.startswith(f"{NAME}.")
-    }

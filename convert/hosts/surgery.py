@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ...kernels.spec import Spec
-from .sites import Conversion, Site
+from .sites import Conversion, Site, SiteOperators, submodule
 
 
 def is_diffusion(model: Any) -> bool:
@@ -53,3 +54,19 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for p in trained:
             p.requires_grad_(True)
+
+
+def linear_layers(module: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The projections inside a module called `name`, by full name: nn.Linear, and GPT-2's Conv1D, which is one
+    transposed; not those that operators brought.
+    """
+    ours = {inner for child in module.modules() if isinstance(child, SiteOperators) for inner in child.modules()}
+    layers = {f"{name}.{key}": child for key, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D)}
+    return {key: child for key, child in layers.items() if child not in ours}
+
+
+def block_of(model: nn.Module, name: str) -> str | None:
+    """The name of the block that holds a module: the innermost entry of a list of modules; None where there is none."""
+    path = name.split(".")
+    lists = [n for n in range(1, len(path)) if isinstance(submodule(model, ".".join(path[:n])), nn.ModuleList)]
+    return ".".join(path[: lists[-1] + 1]) if lists else None
