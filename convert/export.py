@@ -43,7 +43,7 @@ from .configuration_attnconvert import {converted_config}
 
 if TYPE_CHECKING:  # never run: transformers fetches the files that a module names, and some load only when needed
 {imports}
-
+{operators}
 {converted} = converted_model({base}, {converted_config})
 '''
 
@@ -79,7 +79,7 @@ def export(
         "converted_config": converted_config,
     }
     templates = {f"configuration_{NAME}.py": CONFIGURATION, f"modeling_{NAME}.py": MODELING}
-    write_runtime(folder, "transformers", templates, names)
+    write_runtime(folder, "transformers", [spec for groups in plan.values() for spec in groups], templates, names)
     finish(folder, card)
 
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from .. import __version__
-from ..kernels.spec import Spec, nested
+from ..kernels.spec import Spec, nested, spec_from_dict
 from .checkpoints import INDEX, MODELING, components, denoiser_part
 from .errors import UsageError
 from .export_runtime import VerificationFailed, finish, load_elsewhere, relative_error, write_runtime
@@ -45,15 +45,16 @@ from .{runtime}_host import code_beside, converted_model
 
 if TYPE_CHECKING:  # never run: diffusers fetches the files that a module names, and some load only when needed
 {imports}
-
+{operators}
 {converted} = converted_model({base}, code_beside(__file__))
 '''
 
 
 def write_code(folder: Path, base: str) -> None:
-    """The code that loads a converted denoiser of a stock class."""
+    """The code that loads a converted denoiser of a stock class, whose config.json is in the folder already."""
     names = {"base": base, "converted": f"{PREFIX}{base}"}
-    write_runtime(folder, "diffusers", {f"{MODELING}.py": TEMPLATE}, names)
+    specs = [spec_from_dict(given) for given in read_json(folder / "config.json")[NAME]["operators"].values()]
+    write_runtime(folder, "diffusers", specs, {f"{MODELING}.py": TEMPLATE}, names)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from ..kernels.spec import OPERATORS, Spec, plain, spec_from_dict, spec_to_dict
+from ..kernels.spec import OPERATORS, Spec, operator_names, plain, spec_from_dict, spec_to_dict
 from .recipe_errors import did_you_mean, show
 
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -126,7 +126,7 @@ def _spec_findings(given: Any) -> Iterator[InitErrorDetails]:
         yield _located((), f"must be an operator such as {{operator: window, size: 128}}, not {show(given)}", given)
         return
     name = given.get("operator")
-    if not isinstance(name, str) or name not in OPERATORS:
+    if not isinstance(name, str) or (name not in OPERATORS and name not in operator_names()):
         where = ("operator",) if name is not None else ()
         yield _located(where, _refusal({"operator": str(name)} if where else {}), given)
         return
