@@ -16,6 +16,7 @@ from .convert.failures import EXIT_CODES
 from .convert.guard import guarded
 from .convert.keys import STAGES
 from .convert.look_commands import add_inspect
+from .convert.operator_commands import operators_app
 from .convert.options import (
     Amounts,
     AsJson,
@@ -53,6 +54,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(operators_app, name="operators")
 
 
 @app.callback()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,13 +25,13 @@ from .convert.machine import hardware
 from .convert.observation import Table
 from .convert.passages import Passages
 from .convert.plan import Plan, read_plan, write_plan
-from .convert.profiling import Profile, profile
+from .convert.profiling import Profile
 from .convert.refinement import refine
 from .convert.report import write_report
-from .convert.selection import Selection, require_profile, select
+from .convert.selection import Selection, needs_model, require_profile, select
 from .convert.sources import refuse_overlap
 from .convert.text import Needles
-from .distill.gates import learn_gates
+from .distill import measuring
 from .distill.loop import distill
 from .distill.samples import keep_texts, prompts, read_samples, sample
 from .distill.work import COSTS, STUDENT, Work, described, identity
@@ -49,55 +48,20 @@ FRONT = "front.json"
 
 def profile_stage(work: Work) -> None:
     """profile/profile.json"""
-    settings = work.recipe.profile
     with work.run.stage("profile") as folder:
-        found = profile(
+        found = measuring.measure(
             work.model,
             work.sites,
             work.profile_samples,
             work.profile_cases,
-            settings.candidates,
-            rows=settings.rows,
-            damage=settings.damage,
-            folder=folder,
-            track=work.track,
-            gradients=settings.gradients,
+            work.recipe.profile,
             retrieval=work.retrieval_tasks(),
             learned=work.learned,
-            data={
-                "model": type(work.model).__name__,
-                "identity": identity(work.run),
-                "element": work.model.dtype.itemsize,
-                **work.profile_data(),
-                **settings.model_dump(mode="json", exclude={"candidates"}),
-            },
+            folder=folder,
+            track=work.track,
+            data={"identity": identity(work.run), **work.profile_data()},
         )
-        found = dataclasses.replace(found, gates=_gates(work, folder))
         write_json(folder / PROFILE, found.to_json())
-
-
-def _gates(work: Work, folder: Path) -> Table:
-    """What the methods with learned gates say of the first candidate, each kept in a file of its own."""
-    settings, found = work.recipe.profile, {}
-    for method in settings.gates:
-
-        def learn(method: Any = method) -> Table:
-            return learn_gates(
-                method,
-                work.model,
-                work.sites,
-                work.profile_cases,
-                settings.candidates[0],
-                steps=settings.gate_steps,
-                full=settings.gate_full,
-                seed=settings.seed,
-                learned=work.learned,
-                folder=folder,
-                track=work.track,
-            )
-
-        found.update(stored(folder / f"gates-{method}.json", learn))
-    return found
 
 
 def select_stage(work: Work) -> None:
@@ -134,8 +98,7 @@ def choose(
 ) -> tuple[Selection, list[dict[str, Any]]]:
     """The plan of one arm; the model is loaded only where whole plans must be measured."""
     model = measured.data["model"]
-    needs_model = settings.rounds or settings.keep_quality is not None or settings.method == "restore"
-    if not needs_model:
+    if not needs_model(settings):
         return select(measured, settings, model, costs=costs), []
     task, learned = work.profile_cases.first(settings.measure_cases), work.learned
     place = folder / f"measured-{len(task)}"

@@ -23,6 +23,7 @@ from .recipe_fields import (
 )
 from .recipe_inputs import ModelSource
 from .recipe_schema import (
+    OPERATOR_FILES,
     Arm,
     ExportSettings,
     SelectSettings,
@@ -222,6 +223,7 @@ class ImageRecipe(Section):
     kind: ClassVar[Literal["images"]] = "images"  # tells the two kinds of recipe apart
     name: Name = Field(description="name of the recipe: small letters, digits, '.' and '-'")
     description: str = Field(default="", pattern=r"^[^\n]*$", description="one line about it")
+    operators: tuple[Path, ...] = Field(default=(), description=OPERATOR_FILES)
     model: ModelSource = Field(description="the pretrained denoiser, or the pipeline that it is part of")
     images: ImageSettings = Field(description="what it generates")
     profile: ImageProfile = Field(description="what is measured")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -299,12 +300,16 @@ class ExportSettings(Section):
     verify: Flag = Field(default=True, description="reload it in clean processes and compare the logits")
 
 
+OPERATOR_FILES = "Python files that define operators of your own, from the recipe's folder"
+
+
 class Recipe(Section):
     """A conversion from pretrained model to checked checkpoint."""
 
     kind: ClassVar[Literal["text"]] = "text"  # tells the two kinds of recipe apart
     name: Name = Field(description="name of the recipe: small letters, digits, '.' and '-'")
     description: str = Field(default="", pattern=r"^[^\n]*$", description="one line about it")
+    operators: tuple[Path, ...] = Field(default=(), description=OPERATOR_FILES)
     model: ModelSource = Field(description="the pretrained model")
     text: TextSources = Field(description="the text it is calibrated and judged on")
     profile: ProfileSettings = Field(default=ProfileSettings(), description="what is measured")

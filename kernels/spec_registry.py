@@ -81,8 +81,8 @@ def spec_from_dict(given: Mapping[str, Any]) -> Spec:
         raise ValueError(f"operator is missing: name one of {', '.join(operator_names())}")
     cls = spec_class(str(name))
     if cls is None:
-        known = operator_names()
-        raise ValueError(f"no operator {name!r}{_suggest(str(name), known)}; known are {', '.join(known)}")
+        every = operator_names()
+        raise ValueError(f"no operator {name!r}{_suggest(str(name), every)}; known are {', '.join(every)}")
     fields = [f.name for f in dataclasses.fields(cls)]
     for key in settings:
         if key not in fields:

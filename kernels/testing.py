@@ -1,7 +1,7 @@
 """The rules that every operator is held to, for pytest: ours are in tests/test_operators.py, yours in a test of yours.
 
     import attnconvert, pytest
-    from attnconvert.testing import cases, named
+    from attnconvert.kernels.testing import cases, named
 
     @pytest.mark.parametrize(("spec", "rule"), cases(*attnconvert.register("taylor.py")), ids=named)
     def test_taylor(spec, rule):
@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .kernels import operators
-from .kernels.call import Call, Shape, map_state, state_bytes
-from .kernels.masks import Layout
-from .kernels.spec import (
+from . import operators
+from .call import Call, Shape, map_state, state_bytes
+from .masks import Layout
+from .spec import (
     Spec,
     causal_only,
     grid_axes,
@@ -153,8 +153,9 @@ def gradients_agree(spec: Spec) -> None:
     for run in (operators.of(spec).reference, _attended):
         inputs = [x.clone().requires_grad_() for x in make(sizes)]
         trained = list(learned.parameters()) if learned is not None else []
-        loss = (run(spec, *inputs, call, learned) * weights).sum()
-        found.append(torch.autograd.grad(loss, inputs + trained))
+        q, k, v = inputs
+        loss = (run(spec, q, k, v, call, learned) * weights).sum()
+        found.append(torch.autograd.grad(loss, [*inputs, *trained]))
     for n, (want, got) in enumerate(zip(*found, strict=True)):
         _close(got, want, f"gradient {n} of q, k, v and what is learned", 1e-9)
 
@@ -188,9 +189,10 @@ def _compare(spec: Spec, call: Call, sizes: Sizes) -> None:
     outputs, gradients = [], []
     for run in (operators.of(spec).reference, _attended):
         inputs = [x.clone().requires_grad_() for x in make(sizes)]
-        outputs.append(run(spec, *inputs, call, learned) * (weights != 0))
+        q, k, v = inputs
+        outputs.append(run(spec, q, k, v, call, learned) * (weights != 0))
         trained = list(learned.parameters()) if learned is not None else []
-        wanted = inputs + trained
+        wanted: list[Tensor] = [*inputs, *trained]
         found = torch.autograd.grad((outputs[-1] * weights).sum(), wanted, allow_unused=True)
         gradients.append([torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)])
     _close(outputs[1], outputs[0], f"{sizes}")
