@@ -63,7 +63,7 @@ images: $(READY)  ## measure what image models keep and gain (docs/images.md); o
 
 docs: $(SITE)  ## build the site of the documentation into build/site
 	$(BIN)/python docs/benchmarks/gallery.py
-	$(BIN)/python -m mkdocs build --quiet --strict -f docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict -f docs/site/mkdocs.yml
 	@echo 'open build/site/index.html'
 
 # Where PYTHON is named it needs no more than torch with Triton: nothing is set up, the package comes from here.

@@ -48,23 +48,20 @@ def commands(group: Any = None, path: str = "attnconvert") -> Iterator[tuple[str
 
 
 def command_page(name: str, command: Any, section: str) -> str:
-    """The page of a command: what cli.md says of it, then every argument and option in the words of --help."""
-    lines = [f"# {name}", "", _from(section, "commands/x.md"), "", "## Arguments and options", ""]
-    lines += ["| | | default |", "|---|---|---|"]
-    for parameter in command.params:
-        names = ", ".join(f"`{one}`" for one in parameter.opts if one.startswith("-")) or f"`{_metavar(parameter)}`"
-        default = parameter.default
-        shown = (
-            "" if default in (None, False, ()) or callable(default) or "Ellipsis" in repr(default) else f"`{default}`"
-        )
-        lines.append(f"| {names} | {_plain(getattr(parameter, 'help', None) or '')} | {shown} |")
-    lines += ["| `--help`, `-h` | Show this message and exit. | |", ""]
+    """The page of a command: what cli.md says of it, then what of its --help is not there, and its example."""
+    lines = [f"# {name}", "", _from(section, "commands/x.md"), ""]
+    told = set(re.findall(r"`(--[\w-]+)", section))
+    further = [parameter for parameter in command.params if not told & set(parameter.opts)]
+    lines += ["## Arguments and further options", "", "| | |", "|---|---|"]
+    for parameter in further:
+        options = ", ".join(f"`{one}`" for one in parameter.opts if one.startswith("-"))
+        lines.append(f"| {options or f'`{_metavar(parameter)}`'} | {_plain(getattr(parameter, 'help', None) or '')} |")
+    lines += ["| `--help`, `-h` | Show what the command does. |", ""]
     example = re.search(r"Example:\[/dim\] (.*)", command.help or "")
     if example:
         lines += ["## Example", "", "```bash", example[1].strip(), "```", ""]
-    return (
-        "\n".join([*lines, "Exit codes, variables and what all commands share: [the command line](../cli.md)."]) + "\n"
-    )
+    lines.append("Exit codes, variables and what all commands share: [the command line](../cli.md).")
+    return "\n".join(lines) + "\n"
 
 
 def _metavar(parameter: Any) -> str:
@@ -72,7 +69,7 @@ def _metavar(parameter: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"\[/?[a-z]*\]", "", text).replace("|", "\\|")
+    return re.sub(r"\[/?[a-z]*\]", "", text).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _from(text: str, page: str) -> str:
