@@ -2,8 +2,8 @@
 
 - Links that leave docs/ (../recipes) become links to the repository.
 - cli.md is one page here; on the site every command has a page of its own, made of its section and of its own --help.
-- `commands` and `operators` in the navigation stand for all pages of these folders, and pages that nobody listed stand
-  under "More", so that a new one is never missing.
+- `commands` and `operators` in the navigation stand for all pages of these folders; pages that nobody listed stand under
+  "More", so that a new one is never missing, and one that is not there is left out.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def command_page(name: str, command: Any, section: str) -> str:
     lines = [f"# {name}", "", _from(section, "commands/x.md"), ""]
     told = set(re.findall(r"`(--[\w-]+)", section))
     further = [parameter for parameter in command.params if not told & set(parameter.opts)]
-    lines += ["## Arguments and further options", "", "| | |", "|---|---|"]
+    lines += ["## Arguments and further options", "", "| option | meaning |", "|---|---|"]
     for parameter in further:
         options = ", ".join(f"`{one}`" for one in parameter.opts if one.startswith("-"))
         lines.append(f"| {options or f'`{_metavar(parameter)}`'} | {_plain(getattr(parameter, 'help', None) or '')} |")
@@ -126,7 +126,7 @@ def on_config(config: Any) -> Any:
                 listed.extend(value for value in entry.values() if isinstance(value, str))
             elif entry in made:
                 found += made[entry]
-            else:
+            elif (DOCS / entry).is_file():
                 listed.append(entry)
                 found.append(entry)
         return found
