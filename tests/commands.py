@@ -110,6 +110,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def exported(place: Path) -> Path:
+    """A checkpoint of the tiny Llama with a window in half of its groups: much sooner there than `whole`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from attnconvert.convert.export import export
+    from attnconvert.convert.hosts.models import find_sites
+    from attnconvert.convert.hosts.surgery import convert
+    from attnconvert.kernels.spec import Full, Window
+
+    model = AutoModelForCausalLM.from_pretrained(place / "model").eval()
+    plan = {site: [Full(), Window(size=16, sinks=2)] for site in find_sites(model)}
+    convert(model, plan)
+    export(model, AutoTokenizer.from_pretrained(place / "model"), plan, place / "exported", "a card", None)
+    return place / "exported"
+
+
+@pytest.fixture(scope="module")
 def whole(place: Path) -> Path:
     """A finished run; tests that change it take `finished`, a copy."""
     with pytest.raises(SystemExit) as stopped:

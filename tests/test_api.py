@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import inspect
-import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,17 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from commands import WORDS, Command, attnconvert, place, save_tokenizer, whole  # noqa: F401 – fixtures
+from commands import WORDS, exported, place, save_tokenizer  # noqa: F401 – fixtures
 from models import tiny
 from transformers import AutoTokenizer
 
 import attnconvert as package
 from attnconvert import api
 from attnconvert.convert.errors import AssetMissing, UsageError
-from attnconvert.convert.files import read_json
-from attnconvert.convert.plan import Plan, write_plan
+from attnconvert.convert.plan import Plan, read_plan, write_plan
 from attnconvert.convert.profiling import Profile
+from attnconvert.convert.recipe import load_recipe
+from attnconvert.convert.runs import Run
 from attnconvert.kernels.spec import Full, Hybrid, Window, label
+from attnconvert.pipeline import Work, measured_profile, run_stages
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"sequences": 1, "length": 64, "rows": 8, "needles": {"cases": 1, "length": 96}, "retrieval": []}
@@ -133,43 +136,45 @@ def test_a_profile_leads_to_a_plan_and_a_converted_model(profiled: Profile) -> N
 
 
 def test_the_commands_measure_the_same_as_the_functions(
-    whole: Path,  # noqa: F811
     place: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
     """The profile of a run, and the plan that is chosen from it."""
     from transformers import AutoModelForCausalLM
 
-    run = Profile.from_json(read_json(whole / "profile" / "profile.json"))
+    less = ["profile.needles.cases=1", "profile.sequences=1", "profile.transfer_steps=2", "profile.retrieval=[]"]
+    recipe = load_recipe(place / "recipe.yaml", ["compare=[]", *less])
+    created = Run.create(recipe, tmp_path / "run")
+    run_stages(Work(created), until="select")
+    run = measured_profile(created)
     model = AutoModelForCausalLM.from_pretrained(place / "model").eval()
-    keys = ("sequences", "length", "rows", "needles", "retrieval")
-    settings = {key: run.data[key] for key in keys}
-    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    settings = recipe.profile.model_dump(mode="json", exclude={"candidates"})
     texts = [(place / "calibration.txt").read_text()]
-    found = package.profile(model, tokenizer, texts, list(run.candidates.values()), settings=settings, folder=tmp_path)
-    assert found.damage == run.damage
-    assert found.statistics == run.statistics
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    found = package.profile(model, tokenizer, texts, list(run.candidates.values()), settings=settings)
+    same = {"seconds": 0.0, "data": {}}
+    assert dataclasses.replace(found, **same) == dataclasses.replace(run, **same)
     chosen = package.select(found, {"method": "damage", "groups": 0.6})
-    told = json.loads((whole / "select" / "select.json").read_text())["arms"]["student"]
-    assert chosen.plan.counts() == told["operators"]
-    assert chosen.loss == pytest.approx(told["loss"])
+    assert chosen.plan.groups == read_plan(created.plan).groups
 
 
 def test_a_checkpoint_loads_whole_and_a_changed_one_is_refused(
-    whole: Path,  # noqa: F811
+    exported: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    import shutil
-
-    model = package.load(whole)
-    assert torch.equal(package.load(whole / "export")(IDS).logits, model(IDS).logits)
+    model = package.load(exported)
     assert model.conversion.installed
-    copy = Path(shutil.copytree(whole / "export", tmp_path / "copy"))
+    with model.conversion.teacher():
+        dense = model(IDS).logits
+    assert not torch.equal(dense, model(IDS).logits)
+    copy = Path(shutil.copytree(exported, tmp_path / "export"))
+    (tmp_path / "recipe.yaml").touch()
+    assert torch.equal(package.load(tmp_path)(IDS).logits, model(IDS).logits), "of a run, its export"
     (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
     with pytest.raises(AssetMissing, match="config.json has changed since it was exported"):
-        package.load(copy)
+        package.load(str(copy))
     with pytest.raises(UsageError, match="neither an exported checkpoint nor a run"):
-        package.load(tmp_path)
+        package.load(exported.parent / "model")
 
 
 def test_wrong_settings_are_all_told(profiled: Profile, tokenizer: Any) -> None:

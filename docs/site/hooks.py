@@ -2,8 +2,8 @@
 
 - Links that leave docs/ (../recipes) become links to the repository.
 - cli.md is one page here; on the site every command has a page of its own, made of its section and of its own --help.
-- `commands` and `operators` in the navigation stand for all pages of these folders; pages that nobody listed stand under
-  "More", so that a new one is never missing, and one that is not there is left out.
+- `commands` and `operators` in the navigation stand for all pages of these folders. Pages that nobody listed stand
+  under "More", so that a new one is never missing; one that is not there is left out.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files
 
 DOCS = Path(__file__).parents[1]
 LINK = re.compile(r"(?<!!)(\[[^\]]*\]\()([^)\s#]+)(#[^)]*)?\)")
@@ -140,6 +141,8 @@ def on_config(config: Any) -> Any:
 
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages of commands."""
+    from mkdocs.structure.files import File
+
     told = sections((DOCS / "cli.md").read_text(encoding="utf-8"))
     for name, command in commands():
         page = command_page(name, command, told[name])
