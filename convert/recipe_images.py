@@ -223,9 +223,9 @@ class ImageRecipe(Section):
     kind: ClassVar[Literal["images"]] = "images"  # tells the two kinds of recipe apart
     name: Name = Field(description="name of the recipe: small letters, digits, '.' and '-'")
     description: str = Field(default="", pattern=r"^[^\n]*$", description="one line about it")
-    operators: tuple[Path, ...] = Field(default=(), description=OPERATOR_FILES)
     model: ModelSource = Field(description="the pretrained denoiser, or the pipeline that it is part of")
     images: ImageSettings = Field(description="what it generates")
+    operators: tuple[Path, ...] = Field(default=(), description=OPERATOR_FILES)
     profile: ImageProfile = Field(description="what is measured")
     select: SelectSettings = Field(default=SelectSettings(groups=1.0), description="what is converted to what")
     compare: tuple[Arm, ...] = Field(default=(), description="further plans to report beside it")

@@ -309,9 +309,9 @@ class Recipe(Section):
     kind: ClassVar[Literal["text"]] = "text"  # tells the two kinds of recipe apart
     name: Name = Field(description="name of the recipe: small letters, digits, '.' and '-'")
     description: str = Field(default="", pattern=r"^[^\n]*$", description="one line about it")
-    operators: tuple[Path, ...] = Field(default=(), description=OPERATOR_FILES)
     model: ModelSource = Field(description="the pretrained model")
     text: TextSources = Field(description="the text it is calibrated and judged on")
+    operators: tuple[Path, ...] = Field(default=(), description=OPERATOR_FILES)
     profile: ProfileSettings = Field(default=ProfileSettings(), description="what is measured")
     select: SelectSettings = Field(default=SelectSettings(groups=0.6), description="what is converted to what")
     compare: tuple[Arm, ...] = Field(default=(), description="further plans to report beside it")
