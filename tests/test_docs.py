@@ -26,7 +26,8 @@ from commands import RECIPE, exported, place  # noqa: F401 – fixtures
 from attnconvert import cli
 from attnconvert.convert.recipe import parse_recipe, shipped_recipes
 from attnconvert.kernels import operators, outside
-from attnconvert.kernels.spec import OPERATORS, plain
+from attnconvert.kernels.spec import OPERATORS, Disc, Window, plain
+from attnconvert.kernels.testing import named, rules
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -250,6 +251,11 @@ def test_every_operator_has_a_page_with_all_its_settings(name: str) -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", page, flags=re.M))
     assert {key: yaml.safe_load(value) for key, value in rows.items()} == defaults
     assert f"operators/{name}.md" in (DOCS / "operators.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_own_operators_names_every_rule() -> None:
+    told = re.findall(r"^\| ([\w ]+) \|", (DOCS / "own-operator.md").read_text(encoding="utf-8"), flags=re.M)
+    assert {named(rule) for rule in (*rules(Window()), *rules(Disc()))} <= set(told)
 
 
 def test_the_gallery_has_every_recipe_and_is_up_to_date(tmp_path: Path) -> None:
