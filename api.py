@@ -1,6 +1,6 @@
 """attnconvert from Python: what the commands do, on a model that is in memory. `import attnconvert` offers all of it.
 
-Nothing is imported twice and nothing is done another way: the stages of a run call the same functions.
+The stages of a run call the same functions: what is measured or chosen here is what a run would measure or choose.
 """
 
 from __future__ import annotations

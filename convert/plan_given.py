@@ -16,7 +16,7 @@ from .recipe_fields import layers_of
 from .selection import Selection
 
 Operators = Spec | Mapping[str, Any] | Sequence[Spec | Mapping[str, Any]]  # for all KV groups of a site, or for each
-PlanGiven = Plan | Selection | str | PathLike[str] | Mapping[str | int, Operators]
+PlanGiven = Plan | Selection | str | PathLike[str] | Mapping[Any, Operators]  # keys: names of sites, layers
 
 
 def plan_given(given: PlanGiven, sites: Sequence[Site], model: str) -> Plan:
