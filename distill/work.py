@@ -16,7 +16,15 @@ from ..convert.costs_measure import here, measure_costs
 from ..convert.denoiser_sources import CONDITIONS, fetch_denoiser, load_denoiser
 from ..convert.errors import UsageError
 from ..convert.files import read_json, write_json
-from ..convert.hosts.models import find_sites, has_head, is_encoder, positions_of, require_positions
+from ..convert.hosts.models import (
+    find_sites,
+    has_head,
+    is_encoder,
+    positions_of,
+    require_direction,
+    require_positions,
+    require_text,
+)
 from ..convert.hosts.sites import Site
 from ..convert.machine import versions
 from ..convert.passages import passages
@@ -87,6 +95,7 @@ class Work:
             model, tokenizer = load_denoiser(files, self.recipe.model), None
         else:
             model, tokenizer = load_model(files, self.recipe.model)
+            require_text(model)
         self.run.record(model={"name": files.name, "revision": files.revision, "sha256": files.sha256})
         return model, tokenizer
 
@@ -125,7 +134,9 @@ class Work:
             from ..convert.hosts.denoisers import find_sites as of_denoiser
 
             return of_denoiser(self.model)
-        return find_sites(self.model)
+        sites = find_sites(self.model)
+        require_direction(self.model, sites)
+        return sites
 
     @cached_property
     def calibration(self) -> list[Document]:

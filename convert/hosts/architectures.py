@@ -47,7 +47,7 @@ Answer = Callable[..., tuple[Tensor, Any]]  # an attention function of transform
 
 def mark_cross_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before an attention runs: whether it is given another sequence to read."""
-    given = {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs}
+    given = _named(module, args, kwargs)
     module.__dict__[MARK] = any(given.get(name) is not None for name in OTHER_SEQUENCE)
 
 
@@ -59,13 +59,20 @@ def reads_other_sequence(module: nn.Module) -> bool:
 def may_read_others(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The attentions of a model that take another sequence as an argument."""
     for name, module in model.named_modules():
-        if type(module).__name__.endswith("Attention") and set(OTHER_SEQUENCE) & set(_parameters(type(module))):
+        stock: type = type(module)
+        if stock.__name__.endswith("Attention") and set(OTHER_SEQUENCE) & set(_parameters(stock)):
             yield name, module
 
 
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names."""
+    stock: type = type(module)
+    return {**dict(zip(_parameters(stock), args, strict=False)), **kwargs}
+
+
 @functools.cache
-def _parameters(stock: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(stock.forward).parameters)[1:]
+def _parameters(stock: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(stock.forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
 # --- attention that does not ask transformers -------------------------------------------------------------------------
@@ -118,10 +125,11 @@ def rebind(module: nn.Module, function: Answer) -> None:
     Raises:
         Unsupported: this version of its class does not call scaled_dot_product_attention.
     """
-    run, refused, name = _rebound(type(module)), BY_ITSELF[type(module).__name__], type(module).__name__
+    stock: type = type(module)
+    run, refused, name = _rebound(stock), BY_ITSELF[stock.__name__], stock.__name__
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(_parameters(type(self)), args, strict=False)), **kwargs}
+        given = _named(self, args, kwargs)
         for argument, why in refused.items():
             if given.get(argument) is not None:
                 raise Unsupported(f"{name} gets {argument}: {why}, which no operator here knows")
@@ -145,9 +153,9 @@ def unbind(module: nn.Module) -> None:
 
 
 @functools.cache
-def _rebound(stock: type[nn.Module]) -> Callable[..., Any]:
+def _rebound(stock: type) -> Callable[..., Any]:
     """The code of a class of attention, in which scaled_dot_product_attention is ours."""
-    original: Any = inspect.unwrap(stock.forward)
+    original: Any = inspect.unwrap(stock.forward)  # type: ignore[attr-defined]
     if "scaled_dot_product_attention" not in original.__code__.co_names:
         raise Unsupported(f"{stock.__name__} of this transformers does not call scaled_dot_product_attention")
     functional = _Names(F, scaled_dot_product_attention=scaled_dot_product_attention)

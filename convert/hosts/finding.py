@@ -141,7 +141,7 @@ def run(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Any:
 
 def _numbered(model: PreTrainedModel, found: Mapping[str, Found]) -> list[Site]:
     """Sites by layer: the model's own numbers where there is one for each, else the order in which they ran."""
-    slots = {name: getattr(submodule(model, name), "layer_idx", None) for name in found}
+    slots: dict[str, Any] = {name: getattr(submodule(model, name), "layer_idx", None) for name in found}
     cached = [slots[name] for name, one in found.items() if one.causal and model.can_generate()]
     if None in cached:
         name = next(n for n, one in found.items() if one.causal and slots[n] is None)

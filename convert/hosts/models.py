@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..errors import UsageError
 from .finding import find_sites as find_sites
+from .inputs import takes
 from .sites import Site, Unsupported
 from .surgery import block_of
 
@@ -122,6 +123,28 @@ def _pooling(folder: str) -> str:
     if modes not in (["mean_tokens"], ["cls_token"]):
         raise Unsupported(f"{file} pools by {' and '.join(modes) or 'nothing'}: known are the mean and the first token")
     return str(modes[0])
+
+
+BY_PLAN = "convert it by a plan: attnconvert export MODEL --plan PLAN --out DIR, or attnconvert.convert(model, plan)"
+
+
+def require_text(model: PreTrainedModel) -> None:
+    """Raises UsageError for what the stages have no data for: what takes images or sound, or turns text into text."""
+    given = takes(model)
+    if given != ["input_ids"]:
+        raise UsageError(
+            f"{type(model).__name__} takes {' and '.join(given)}: what is lost is measured on texts alone, of language "
+            f"models and encoders; {BY_PLAN}"
+        )
+
+
+def require_direction(model: PreTrainedModel, sites: Sequence[Site]) -> None:
+    """Raises UsageError for a bare decoder: its damage is told by logits, which it does not put out."""
+    if is_encoder(model) and any(site.causal for site in sites):
+        raise UsageError(
+            f"{type(model).__name__} reads in one direction and cannot generate, so there is no measure of what it "
+            f"loses; {BY_PLAN}"
+        )
 
 
 def require_positions(model: PreTrainedModel, length: int) -> None:
