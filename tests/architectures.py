@@ -26,7 +26,6 @@ from attnconvert.kernels.spec import (
     Spec,
     TopBlocks,
     Window,
-    label,
 )
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
@@ -90,7 +89,9 @@ REFUSED = {
     "GPT-J": Row("gptj", changes={"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),
     "Phi-3.5-MoE, a window in all layers": Row("phimoe"),
     "Qwen2-MoE, a window in some layers": Row("qwen2_moe"),
-    "Llama 4": Row("llama4_text", changes={"num_local_experts": 2, "attention_chunk_size": 8, "no_rope_layers": [1, 0]}),
+    "Llama 4": Row(
+        "llama4_text", changes={"num_local_experts": 2, "attention_chunk_size": 8, "no_rope_layers": [1, 0]}
+    ),
     "DeepSeek-V3": Row("deepseek_v3", changes={"n_routed_experts": 4, "n_group": 1, "topk_group": 1}),
     "BERT, as a decoder that reads both ways": Row("bert"),
 }
@@ -106,17 +107,13 @@ def plan_of(sites: Iterable[Site], spec: Spec) -> dict[Site, list[Spec]]:
 
 def table() -> str:
     """What docs/architectures.md says between its marks."""
-    lines = ["| architecture | class | sites | takes | cache | loads with |", "|---|---|---|---|---|---|"]
-    reasons: dict[str, list[str]] = {}
+    lines = ["| architecture | class | sites | takes | refuses | cache | loads with |", "|---|---|---|---|---|---|---|"]
     for title, row in ROWS.items():
         model = row.model()
-        sites = find_sites(model)
-        taken, missed = _operators(sites)
-        for operator, why in missed.items():
-            reasons.setdefault(f"{why}", []).append(f"{title} ({operator})")
-        cells = [title, f"`{type(model).__name__}`", _sites(sites), taken, _cache(model, sites)]
-        lines.append(f"| {' | '.join([*cells, f'`{loader(type(model).__name__)}`'])} |")
-    lines += ["", "| refused | class | because |", "|---|---|---|"]
+        name, sites = type(model).__name__, find_sites(model)
+        cells = [title, f"`{name}`", _sites(sites), *_operators(sites), _cache(model), f"`{loader(name)}`"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| refused whole | class | because |", "|---|---|---|"]
     for title, row in REFUSED.items():
         lines.append(f"| {title} | `{type(row.model()).__name__}` | {reason(row)} |")
     return "\n".join(lines)
@@ -133,30 +130,33 @@ def reason(row: Row) -> str:
 
 def _sites(sites: list[Site]) -> str:
     """How many of each kind, in words."""
-    kinds: dict[str, int] = {}
-    for site in sites:
-        kind = "causal" if site.causal else "both ways"
-        kind += f", own window of {site.limit}" if site.limit else ""
-        kinds[kind] = kinds.get(kind, 0) + 1
-    return "; ".join(f"{count} {kind}" for kind, count in kinds.items())
+    kinds = [("causal" if s.causal else "both ways") + ", own window" * (s.limit is not None) for s in sites]
+    return "; ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
 
 
-def _operators(sites: list[Site]) -> tuple[str, dict[str, str]]:
-    """The operators that some site takes, where not all in which, and why others are taken nowhere."""
-    taken, missed = [], {}
+def _operators(sites: list[Site]) -> tuple[str, str]:
+    """The operators that some site takes, with how many where not all do; and why the others do not."""
+    taken, reasons = [], dict[str, list[str]]()
     for spec in OPERATORS:
-        takes = [site for site in sites if refusal(site, spec) is None]
-        if not takes:
-            missed[spec.operator] = str(refusal(sites[0], spec)).replace(label(spec), spec.operator)
-        else:
-            taken.append(f"{spec.operator} ({len(takes)})" if len(takes) < len(sites) else spec.operator)
-    return ", ".join(taken), missed
+        missed = [(site, why) for site in sites if (why := refusal(site, spec))]
+        count = len(sites) - len(missed)
+        if count:
+            taken.append(f"{spec.operator} ({count})" if missed else spec.operator)
+        for why in dict.fromkeys(_short(site, why) for site, why in missed):
+            reasons.setdefault(why, []).append(spec.operator)
+    return ", ".join(taken), "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items()) or "–"
 
 
-def _cache(model: Any, sites: list[Site]) -> str:
+def _short(site: Site, why: str) -> str:
+    """What of a refusal is of the site, without its name and numbers."""
+    said = why.removeprefix(site.name).strip().partition(",")[0].partition(":")[0]
+    return said.replace(f" of {site.limit} tokens", "")
+
+
+def _cache(model: Any) -> str:
     if not model.can_generate():
         return "none"
-    return "the decoder's own" if model.config.is_encoder_decoder else "all sites"
+    return "of the decoder" if model.config.is_encoder_decoder else "of all"
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from .sites import Unsupported
 
@@ -36,6 +37,8 @@ REFUSED: dict[str, str] = {
     "cu_seq_lens_q": "several sequences are packed into one row",
     "encoder_hidden_states": "it reads another sequence than its own",
 }
+# Methods of models that take keys and values out of the cache of what was generated, of which there are none
+READ_CACHE = ("_postprocess_outputs",)  # Whisper
 OTHER_SEQUENCE = ("key_value_states", "encoder_hidden_states")  # by these names cross-attention gets what it reads
 MARK = "_attnconvert_reads_other_sequence"  # on a module: whether it does in the pass that runs
 
@@ -164,6 +167,23 @@ def _rebound(stock: type) -> Callable[..., Any]:
     run = types.FunctionType(original.__code__, names, original.__name__, original.__defaults__, original.__closure__)
     run.__kwdefaults__ = original.__kwdefaults__
     return run
+
+
+def keep_cache_out(model: PreTrainedModel) -> list[str]:
+    """From now on methods of `READ_CACHE` are given outputs without the cache; `del` of these names undoes it."""
+    found = [name for name in READ_CACHE if hasattr(type(model), name)]
+    for name in found:
+        model.__dict__[name] = types.MethodType(_without_cache(name), model)
+    return found
+
+
+def _without_cache(name: str) -> Callable[..., Any]:
+    def method(self: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(given, ModelOutput):
+            given = type(given)(**{key: value for key, value in given.items() if key != "past_key_values"})
+        return getattr(type(self), name)(self, given, *args, **kwargs)
+
+    return method
 
 
 def use_attention(model: PreTrainedModel, name: str) -> None:

@@ -28,6 +28,7 @@ from ...kernels.spec import Spec
 from .architectures import (
     REFUSED,
     by_itself,
+    keep_cache_out,
     mark_cross_attention,
     may_read_others,
     reads_other_sequence,
@@ -245,7 +246,7 @@ def _install(model: PreTrainedModel, sites: Mapping[str, SiteOperators]) -> dict
         rebind(module, attention_function)
     model._is_stateful = True  # generate then refuses to roll back before it starts
     use_attention(model, NAME)
-    return {**kept, "hooks": hooks}
+    return {**kept, "hooks": hooks, "methods": keep_cache_out(model)}
 
 
 def _uninstall(model: PreTrainedModel, sites: Mapping[str, SiteOperators], kept: dict[str, Any]) -> None:
@@ -255,6 +256,8 @@ def _uninstall(model: PreTrainedModel, sites: Mapping[str, SiteOperators], kept:
         del submodule(model, name)._modules[NAME]
     for module in by_itself(model):
         unbind(module)
+    for name in kept["methods"]:
+        delattr(model, name)
     model._is_stateful = kept["stateful"]
     use_attention(model, kept["attention"])
 
