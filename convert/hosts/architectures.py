@@ -178,10 +178,14 @@ def keep_cache_out(model: PreTrainedModel) -> list[str]:
 
 
 def _without_cache(name: str) -> Callable[..., Any]:
-    def method(self: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(given, ModelOutput):
-            given = type(given)(**{key: value for key, value in given.items() if key != "past_key_values"})
-        return getattr(type(self), name)(self, given, *args, **kwargs)
+    def cut(x: Any) -> Any:
+        if not isinstance(x, ModelOutput):
+            return x
+        return type(x)(**{key: value for key, value in x.items() if key != "past_key_values"})
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {name: cut(value) for name, value in kwargs.items()}
+        return getattr(type(self), name)(self, *map(cut, args), **given)
 
     return method
 
