@@ -28,7 +28,10 @@ from .hosts.sites import NAME
 from .integrity import SUMS
 from .runs import DONE, KEY
 
-HOSTS = {"transformers": ("sites", "transformers"), "diffusers": ("sites", "grids", "diffusers")}  # files of each
+HOSTS = {  # files of each
+    "transformers": ("sites", "architectures", "transformers"),
+    "diffusers": ("sites", "grids", "diffusers"),
+}
 ROOTS = ("operators", "backend_torch", "backend_cpp", "backend_triton")  # beside the files of Triton, loaded by name
 SEVERAL = r"^( *)from {} import (\([\w,\s]+\)|[\w, ]+)$"  # modules by name, in one line or in parentheses
 OPERATOR = "operator_"  # begins the names of the modules of operators that are not ours

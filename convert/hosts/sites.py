@@ -49,7 +49,7 @@ class Site:
 
     Where it is not `causal` rows read in both directions, as in an encoder. In a diffusion model the tokens stand on a
     grid of `axes` axes (2: image, 3: video), at 1 / `down` of the model's own resolution, and where `text` is `first`
-    or `last` the prompt's tokens take part on that side.
+    or `last` the prompt's tokens take part on that side. `slot` is its place in the cache where that is not `layer`.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Site:
     axes: int = 0
     down: int = 1
     text: str = ""
+    slot: int | None = None
 
     def layout(self, grid: Sequence[int], text: int) -> Layout:
         """Of its tokens where the model's grid is `grid` and the prompt has `text` tokens."""
