@@ -2,8 +2,8 @@
 
 - Links that leave docs/ (../recipes) become links to the repository.
 - cli.md is one page here; on the site every command has a page of its own, made of its section and of its own --help.
-- `commands` and `operators` in the navigation stand for all pages of these folders; pages that nobody listed stand under
-  "More", so that a new one is never missing, and one that is not there is left out.
+- `commands` and `operators` in the navigation stand for all pages of these folders; pages that nobody listed stand
+  under "More", so that a new one is never missing, and one that is not there is left out.
 """
 
 from __future__ import annotations
