@@ -49,9 +49,19 @@ if TYPE_CHECKING:  # never run: transformers fetches the files that a module nam
 
 
 def export(
-    student: Any, tokenizer: Any, plan: Mapping[Site, Sequence[Spec]], folder: Path, card: str, dtype: str | None
+    student: Any,
+    tokenizer: Any,
+    plan: Mapping[Site, Sequence[Spec]],
+    folder: Path,
+    card: str,
+    dtype: str | None,
+    attached: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the checkpoint of a student whose plan is installed and whose adapters are merged."""
+    """Write the checkpoint of a student whose plan is installed and whose adapters are merged, with its code.
+
+    Args:
+        tokenizer: None for a model that has none; attached: further files by name, such as the recipe.
+    """
     learned = {name for name, _ in student.named_parameters() if f".{NAME}." in name}
     if dtype is not None:
         for name, p in student.named_parameters():
@@ -60,7 +70,8 @@ def export(
     base = type(student)
     # Renamings between checkpoint and module go by the stock model type, which this folder does not have: want none.
     student.save_pretrained(folder, save_original_format=False)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     converted, converted_config = f"Converted{base.__name__}", f"Converted{base.config_class.__name__}"
     config = read_json(folder / "config.json")
     config["model_type"] = NAME
@@ -71,7 +82,7 @@ def export(
         loader(base.__name__): f"modeling_{NAME}.{converted}",
     }
     write_json(folder / "config.json", config)
-    _keep_pooling(Path(str(student.config._name_or_path)), folder)
+    keep_pooling(Path(str(student.config._name_or_path)), folder)
     names = {
         "base": base.__name__,
         "config": base.config_class.__name__,
@@ -80,10 +91,10 @@ def export(
     }
     templates = {f"configuration_{NAME}.py": CONFIGURATION, f"modeling_{NAME}.py": MODELING}
     write_runtime(folder, "transformers", templates, names)
-    finish(folder, card)
+    finish(folder, card, attached)
 
 
-def _keep_pooling(source: Path, folder: Path) -> None:
+def keep_pooling(source: Path, folder: Path) -> None:
     """What makes a folder a sentence-transformers model: without it an encoder would lose how it pools its tokens."""
     own = [source / f"{name}.json" for name in ("modules", "sentence_bert_config", "config_sentence_transformers")]
     for file in [*own, *sorted(source.glob("[0-9]_*/*"))]:

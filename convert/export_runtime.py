@@ -108,9 +108,11 @@ def flatten_imports(source: str, prefix: str = NAME) -> str:
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
-def finish(folder: Path, card: str) -> None:
-    """README.md, and SHA256SUMS of every file."""
+def finish(folder: Path, card: str, attached: Mapping[str, str] | None = None) -> None:
+    """README.md, the attached files by their names, and SHA256SUMS of every file."""
     write_text(folder / "README.md", card)
+    for name, text in (attached or {}).items():
+        write_text(folder / name, text)
     own = (SUMS, KEY, DONE)  # not of the checkpoint: these say how far the stage is
     kept = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in own]
     sums = [f"{sha256_file(p)}  {p.relative_to(folder).as_posix()}" for p in kept]
