@@ -103,10 +103,10 @@ def add_checkpoint_commands(
     ) -> None:
         """Run the recipe of a manifest again, and say whether the same came of it.
 
-        The result is bit-identical (plan, samples, what was learned and exported weights have the same hashes), equal to
-        tolerance (the same plan, and figures within rounding), or different, which is exit code 4. What differs in the
-        environment is told beside it. A checkpoint's recipe names local models and texts without their folders: say with
-        --set where they are.
+        The result is bit-identical (plan, samples, what was learned and exported weights have the same hashes), equal
+        to tolerance (the same plan, and figures within rounding), or different, which is exit code 4. What differs in
+        the environment is told beside it. A checkpoint's recipe names local models and texts without their folders: say
+        with --set where they are.
 
         [dim]Example:[/dim] attnconvert reproduce runs/demo/manifest.json --out runs/demo-again
         """
@@ -145,8 +145,7 @@ def _export_model(
     from .sources import parse_model_argument
 
     source = parse_model_argument(target)
-    given: Any = dtype or source.dtype
-    written = export_model(source.model_copy(update={"dtype": given}), plan, out, form, track=terminal.track)
+    written = export_model(source, plan, out, form, dtype, track=terminal.track)
     document = {"checkpoint": str(out), **written.to_json(), "verified": written.verified}
     told = Text(f"Exported as {written.form}: {written.why}.")
     images = (out / "model_index.json").is_file() or written.why.endswith("image and video models")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import AssetMissing, UsageError
+from .errors import AssetMissing, PreflightError, UsageError
 from .files import read_json
 from .integrity import check_sums
 
@@ -20,6 +22,7 @@ log = logging.getLogger("attnconvert")
 NAME = "attnconvert"  # the block of a config.json
 MODELING = f"modeling_{NAME}"  # the file with a denoiser's class, which a pipeline's index names as its library
 INDEX = "model_index.json"
+LEAST = {"transformers": (5, 17), "diffusers": (0, 42)}  # as in pyproject.toml: the code was run with these and later
 BLOCK = f"{NAME}.json"  # the same block, of a checkpoint whose config.json is a stock one or that has none
 
 
@@ -77,12 +80,29 @@ def is_denoiser(folder: Path) -> bool:
     return config.is_file() and "_class_name" in read_json(config)
 
 
+def require_library(name: str) -> None:
+    """Refuse a version of transformers or diffusers that is older than what the code was run with.
+
+    Raises:
+        PreflightError: it is older, or absent.
+    """
+    least = ".".join(map(str, LEAST[name]))
+    try:
+        found = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        raise PreflightError(f"the package {name} is not installed: pip install '{name}>={least}'") from None
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < LEAST[name]:
+        raise PreflightError(f"{name} {found} is installed, and {least} or later is needed: pip install -U {name}")
+
+
 def require_whole(folder: Path) -> None:
     """Refuse a checkpoint that a newer attnconvert wrote, or that is not what was exported.
 
     Raises:
-        UsageError: it is none of ours, or newer. AssetMissing: a file has changed or is gone.
+        UsageError: it is none of ours, or newer, or has operators that are not known here. AssetMissing: a file has
+            changed or is gone. PreflightError: the library beneath is too old.
     """
+    from ..kernels.spec import OPERATORS
     from .hosts.sites import FORMAT
 
     block = block_of(folder)
@@ -93,6 +113,14 @@ def require_whole(folder: Path) -> None:
             f"{folder} was exported by attnconvert {block.get('version', '?')} in format {block['format']}, this one "
             f"reads {FORMAT}: pip install -U attnconvert, or load it with trust_remote_code=True"
         )
+    for spec in block.get("operators", {}).values():
+        name = spec.get("operator") if isinstance(spec, dict) else spec
+        if name not in OPERATORS:
+            raise UsageError(
+                f"{folder} has the operator {name!r}, which attnconvert here does not have (it was exported by "
+                f"{block.get('version', '?')}): pip install -U attnconvert, or load what brings that operator first"
+            )
+    require_library("diffusers" if is_denoiser(folder) else "transformers")
     if not check_sums(folder):
         log.warning("%s has no SHA256SUMS: whether it is what was exported cannot be told", folder)
 

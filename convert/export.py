@@ -26,6 +26,8 @@ from .hosts.sites import NAME, Site, SiteOperators, plan_block
 
 CONFIGURATION = '''"""The configuration of a converted {base}."""
 
+{guard}
+
 from transformers import {config}
 
 

@@ -39,6 +39,8 @@ TEMPLATE = '''"""{base} with the operators that config.json names under `attncon
 
 from typing import TYPE_CHECKING
 
+{guard}
+
 from diffusers import {base}
 
 from .{runtime}_host import code_beside, converted_model

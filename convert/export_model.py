@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .card import how_to_load, limits
+from .checkpoints import weights_dtype
 from .errors import UsageError
 from .export_formats import Export, Written, clear, write_checkpoint
-from .files import disk_errors
+from .files import disk_errors, read_json
 from .hosts.sites import NAME
 from .hosts.surgery import convert
 from .machine import hardware, versions
@@ -91,6 +92,7 @@ def _transformer(
     from .sources import fetch_model, load_model
 
     files = fetch_model(source, track=track)
+    source = source.model_copy(update={"dtype": dtype or _stored(files, source)})
     model, tokenizer = load_model(files, source)
     operators = plan.for_sites(find_sites(model))
     model.conversion = convert(model, operators)
@@ -102,7 +104,6 @@ def _transformer(
         plan=operators,
         source=source,
         files=files,
-        dtype=dtype,
         attached=_attached(files, plan_file),
     )
 
@@ -129,6 +130,7 @@ def _denoiser(
     from .hosts.denoisers import find_sites
 
     files = fetch_denoiser(source, track=track)
+    source = source.model_copy(update={"dtype": dtype or weights_dtype(files.folder)})
     model = load_denoiser(files, source)
     operators = plan.for_sites(find_sites(model))
     model.conversion = convert(model, operators)
@@ -136,9 +138,18 @@ def _denoiser(
     use = "## Use\n\n`attnconvert.load(folder)`, or diffusers with `trust_remote_code=True`.\n"
     text = _card(files, source, model, plan, use, "").replace("library_name: transformers", "library_name: diffusers")
     part = files.folder.name
-    export_images(model, operators, folder, text, dtype, files.pipeline, part, _attached(files, plan_file))
+    export_images(model, operators, folder, text, None, files.pipeline, part, _attached(files, plan_file))
     found = verify_images(model, folder) if check else None
     return Written(form="remote", why="the only format of image and video models", verified=found)
+
+
+def _stored(files: ModelFiles, source: ModelSource) -> str:
+    """The number type of the weights by their config; of a GGUF, which has many, what this machine computes with."""
+    if files.gguf is not None:
+        return source.dtype
+    config = read_json(files.folder / "config.json")
+    kept = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return kept if kept in ("float32", "bfloat16", "float16") else source.dtype
 
 
 def _tell_untrained(model: Any) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from .checkpoints import LEAST
 from .errors import AttnConvertError
 from .files import sha256_file, write_text
 from .hosts.sites import NAME
@@ -30,6 +31,23 @@ HOSTS = {"transformers": ("sites", "transformers"), "diffusers": ("sites", "grid
 ROOTS = ("operators", "backend_torch", "backend_cpp", "backend_triton")  # beside the files of Triton, loaded by name
 SEVERAL = r"^( *)from {} import (\([\w,\s]+\)|[\w, ]+)$"  # modules by name, in one line or in parentheses
 CPP_SOURCES = "cpp_sources"  # the module that holds the C++ files in a checkpoint, as `kernels.cpp_build` expects it
+GUARD = """\
+import warnings
+
+import {library}
+
+if tuple(int(part) for part in {library}.__version__.split(".")[:2]) < {least}:
+    raise ImportError(
+        f"this checkpoint needs {library} {written} or later, {{{library}.__version__}} is installed: "
+        "pip install -U {library}"
+    )
+if int({library}.__version__.partition(".")[0]) > {least[0]}:
+    warnings.warn(
+        f"this checkpoint was made for {library} {least[0]}, {{{library}.__version__}} is installed: if it fails, "
+        "pip install '{library}<{after}'",
+        stacklevel=2,
+    )
+"""  # before anything of the library is taken that may be named otherwise there
 HEADER = """# attnconvert {version}, https://github.com/attnconvert/attnconvert, Apache-2.0
 # Part of an exported checkpoint: it loads with trust_remote_code=True where attnconvert is not installed.
 """
@@ -50,15 +68,18 @@ def write_runtime(folder: Path, host: str, templates: Mapping[str, str], names: 
 
     Args:
         templates: file → text with `names` in braces, beside them `runtime`, which begins the names of the code's
-            files, and `imports`, a line for each: the libraries fetch the files that a module names.
+            files, `imports`, a line for each: the libraries fetch the files that a module names, and `guard`, which
+            refuses versions of the library that this code does not know.
     """
     sources, header = runtime(host), HEADER.format(version=__version__)
     prefix = NAME if host == "transformers" else f"{NAME}_{_digest(sources)}"
     for name, source in sources.items():
         write_text(folder / f"{prefix}_{name}.py", header + flatten_imports(source, prefix))
     imports = "\n".join(f"    from .{prefix}_{name} import __name__ as _{name}  # noqa" for name in sources)
+    least = LEAST[host]
+    guard = GUARD.format(library=host, least=least, written=".".join(map(str, least)), after=least[0] + 1).rstrip()
     for name, text in templates.items():
-        write_text(folder / name, header + text.format(**names, runtime=prefix, imports=imports))
+        write_text(folder / name, header + text.format(**names, runtime=prefix, imports=imports, guard=guard))
 
 
 def runtime(host: str) -> dict[str, str]:
