@@ -83,6 +83,7 @@ def add_checkpoint_commands(
         if out is not None or dtype is not None:
             raise UsageError("--out and --dtype go with --plan: a run has its place, and export.dtype in its recipe")
         if form is not None:
+            _refuse_early(Path(target), form)
             run_again(Path(target), [f"export.format={form}"])
         one_stage(Path(target), "export", terminal)
 
@@ -128,6 +129,25 @@ def add_checkpoint_commands(
     command(app, "push")(push)
     command(app, "diff")(diff)
     command(app, "reproduce")(reproduce)
+
+
+def _refuse_early(folder: Path, form: str) -> None:
+    """What can be told of a format before the export that is there is given up for it."""
+    from .runs import Run
+
+    run = Run.open(folder)
+    if run.recipe.kind == "images" and form in ("stock", "adapter"):
+        raise UsageError(f"{folder} is of an image or video model, which is exported with its code: take remote")
+    measured = run.folder("profile") / "profile.json"
+    if form != "stock" or not run.plan.exists() or not measured.exists():
+        return
+    from .export_stock import require_windows
+    from .files import read_json
+    from .plan import read_plan
+    from .profiling import Profile
+
+    profile = Profile.from_json(read_json(measured))
+    require_windows(profile.data["model"], read_plan(run.plan).for_sites(profile.sites))
 
 
 def _one_of(option: str, given: str | None, known: tuple[str, ...]) -> None:

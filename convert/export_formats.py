@@ -106,7 +106,7 @@ def choose(wanted: str, student: Any, plan: Mapping[Site, Sequence[Spec]]) -> Wr
     except UsageError as error:
         if wanted == "stock":
             raise
-        return Written(form="remote", why=str(error).partition(": take the format remote")[0].partition("; take")[0])
+        return Written(form="remote", why=str(error).partition(": take the format remote")[0].partition(", or take")[0])
     return Written(form="stock", why=f"{found.model} has all that the plan needs", serving=found.serving)
 
 

@@ -29,7 +29,7 @@ from .checkpoints import BLOCK
 from .errors import UsageError
 from .export_runtime import VerificationFailed, load_elsewhere, relative_error
 from .files import write_json
-from .hosts.registration import loader
+from .hosts.registration import auto_class, loader
 from .hosts.sites import Site, SiteOperators, plan_block, setting, submodule
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -100,29 +100,22 @@ def retyped(student: Any, plan: Mapping[Site, Sequence[Spec]]) -> Retyped:
     import transformers
 
     base, config = type(student).__name__, student.config
+    windows = require_windows(base, plan)
     if all(spec == Full() for specs in plan.values() for spec in specs):
         return Retyped(model=base, config=copy.deepcopy(config), serving="")
-    stock = STOCKS.get(base)
-    if stock is None:
-        raise UsageError(
-            f"there is no stock architecture for {base} with windows: known are {', '.join(STOCKS)}; "
-            "take the format remote"
-        )
+    stock = STOCKS[base]
     for key, wanted in stock.needs.items():
         if getattr(config, key, wanted) != wanted:
             raise UsageError(
                 f"{base} with {key} {getattr(config, key)!r} has no stock architecture with windows, {stock.model} "
                 f"has {wanted!r}: take the format remote"
             )
-    windows = _windows(plan, config.num_hidden_layers)
-    sizes = {size for size in windows.values() if size is not None}
-    if len(sizes) > 1:
+    if sorted(windows) != list(range(config.num_hidden_layers)):
+        count = f"{len(windows)} of {config.num_hidden_layers}"
         raise UsageError(
-            f"a stock architecture has windows of one size, the plan of {', '.join(map(str, sorted(sizes)))}: "
-            "take the format remote"
+            f"attention stands in {count} layers, so there is no type for the others: take the format remote"
         )
-    if not sizes:
-        raise UsageError(f"the plan has no window that a stock {stock.model} could have: take the format remote")
+    sizes = {size for size in windows.values() if size is not None}
     types = [FULL if windows[n] is None else SLIDING for n in range(config.num_hidden_layers)]
     _check_types(stock, types, config)
     return Retyped(
@@ -130,8 +123,21 @@ def retyped(student: Any, plan: Mapping[Site, Sequence[Spec]]) -> Retyped:
     )
 
 
-def _windows(plan: Mapping[Site, Sequence[Spec]], layers: int) -> dict[int, int | None]:
-    """The window of each layer, None where it sees everything."""
+def require_windows(base: str, plan: Mapping[Site, Sequence[Spec]]) -> dict[int, int | None]:
+    """The window of each layer, None where it sees everything: what can be told without the model.
+
+    Raises:
+        UsageError: no stock architecture of this class has such windows.
+    """
+    if auto_class(base) != "AutoModelForCausalLM" or not all(site.causal for site in plan):
+        raise UsageError(f"{base} has no stock architecture with windows, only decoders have: take the format remote")
+    if all(spec == Full() for specs in plan.values() for spec in specs):
+        return {site.layer: site.limit for site in plan}
+    if base not in STOCKS:
+        raise UsageError(
+            f"there is no stock architecture for {base} with windows: take the format remote (known are "
+            f"{', '.join(STOCKS)})"
+        )
     found: dict[int, int | None] = {}
     for site, specs in plan.items():
         kinds = set(specs)
@@ -150,8 +156,10 @@ def _windows(plan: Mapping[Site, Sequence[Spec]], layers: int) -> dict[int, int 
         if not isinstance(spec, Full | Window):
             raise UsageError(f"{site.name} has {label(spec)}, which no stock architecture has: take the format remote")
         found[site.layer] = spec.size if isinstance(spec, Window) else site.limit
-    if sorted(found) != list(range(layers)):
-        raise UsageError(f"attention stands in {len(found)} of {layers} layers, so there is no type for the others")
+    sizes = {size for size in found.values() if size is not None}
+    if len(sizes) != 1:
+        told = ", ".join(map(str, sorted(sizes))) or "none"
+        raise UsageError(f"a stock architecture has windows of one size, the plan of {told}: take the format remote")
     return found
 
 

@@ -116,8 +116,8 @@ def loading(folder: Path, images: bool = False) -> list[tuple[str, object]]:
     if form == "adapter":
         return [("checkpoint", folder), ("load it", anyhow)]
     if form == "stock":
-        auto = f'AutoModelForCausalLM.from_pretrained("{folder}")'
-        return [("checkpoint", folder), ("load it", auto), ("or", anyhow)]
+        load = f'AutoModelForCausalLM.from_pretrained("{folder}")'
+        return [("checkpoint", folder), ("load it", load), ("or", anyhow)]
     if images:
         auto = "DiffusionPipeline" if (folder / "model_index.json").is_file() else "AutoModel"
         auto = f"diffusers.{auto}"

@@ -51,6 +51,8 @@ def test_a_run_is_exported_in_another_format_without_redoing_the_rest(attnconver
     stock = attnconvert("export", finished, "--format", "stock")
     assert stock.code == 2
     assert "take the format remote" in stock.message
+    assert (folder / "adapter_config.json").exists()  # what is there stays
+    assert load_recipe(finished / "recipe.yaml").export.format == "adapter"
 
 
 def check_bases(folder: Path, model: Path, tmp_path: Path) -> None:
