@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from .convert import evaluation
 from .convert.budgets import refuse_budgets
-from .convert.card import model_card
+from .convert.card import attachments, model_card
 from .convert.costs import Costs
 from .convert.damage import Group, Joint, marginal_damage
 from .convert.errors import UsageError
 from .convert.evaluation import headline
-from .convert.export import export, verify
+from .convert.export_formats import Export, Written, write_checkpoint
 from .convert.exported import load_exported
 from .convert.files import read_json, stored, write_json
 from .convert.fronts import front
@@ -32,7 +32,7 @@ from .convert.selection import Selection, needs_model, require_profile, select
 from .convert.sources import refuse_overlap
 from .convert.text import Needles
 from .distill import measuring
-from .distill.loop import distill
+from .distill.loop import ADAPTER, distill
 from .distill.samples import keep_texts, prompts, read_samples, sample
 from .distill.work import COSTS, STUDENT, Work, described, identity
 from .kernels.spec import Spec
@@ -250,16 +250,29 @@ def export_stage(work: Work) -> None:
                 evaluation_of(work.run),
                 part if whole_pipeline(where, part) else None,
             )
-            export_images(student, plan, folder, card, work.recipe.export.dtype, where, part)
+            made = attachments(work.recipe, work.run.manifest(), work.run.plan)
+            export_images(student, plan, folder, card, work.recipe.export.dtype, where, part, made)
             if work.recipe.export.verify:
                 work.run.record(metrics={"export": verify_images(student, folder)})
             return
-        assert work.recipe.kind == "text"
-        card = model_card(work.recipe, work.run.manifest(), type(student).__name__, evaluation_of(work.run))
-        export(student, work.tokenizer, plan, folder, card, work.recipe.export.dtype)
-        if work.recipe.export.verify:
-            checked = verify(student, folder)
-            work.run.record(metrics={"export": checked})
+        settings, trained = work.of_text.export, work.trained(STUDENT)
+        given = Export(
+            student=student,
+            tokenizer=work.tokenizer,
+            plan=plan,
+            source=work.recipe.model,
+            files=work.files,
+            adapter=trained / ADAPTER if trained and (trained / ADAPTER).exists() else None,
+            dtype=settings.dtype,
+            attached=attachments(work.recipe, work.run.manifest(), work.run.plan),
+        )
+
+        def described_as(written: Written) -> str:
+            told = work.run.manifest(), type(student).__name__, evaluation_of(work.run)
+            return model_card(work.of_text, *told, written.form, written.serving)
+
+        written = write_checkpoint(given, folder, described_as, settings.format, settings.verify)
+        work.run.record(metrics={"export": written.verified, "export_format": written.to_json()})
 
 
 RUNNERS: dict[str, Callable[[Work], None]] = {

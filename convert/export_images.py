@@ -39,6 +39,8 @@ TEMPLATE = '''"""{base} with the operators that config.json names under `attncon
 
 from typing import TYPE_CHECKING
 
+{guard}
+
 from diffusers import {base}
 
 from .{runtime}_host import code_beside, converted_model
@@ -68,12 +70,14 @@ def export_images(
     dtype: str | None,
     pipeline: Path | None = None,
     part: str = "transformer",
+    attached: Mapping[str, str] | None = None,
 ) -> None:
     """Write the checkpoint of a student whose plan is installed and whose adapters are merged.
 
     Args:
         pipeline: folder of the pipeline that the model came from; where `whole_pipeline` says so it comes along, with
             the student as its component `part`.
+        attached: further files by name, such as the recipe.
 
     Raises:
         UsageError: the student has an adapter that is not merged.
@@ -96,7 +100,7 @@ def export_images(
         assert pipeline is not None
         _complete_pipeline(pipeline, part, f"{PREFIX}{base}", folder)
     _keep_licences(pipeline or student.config.get("_name_or_path"), folder)
-    finish(folder, card)
+    finish(folder, card, attached)
 
 
 def whole_pipeline(pipeline: Path | None, part: str) -> bool:

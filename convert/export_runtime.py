@@ -22,17 +22,38 @@ import torch
 from .. import __version__
 from ..kernels import outside
 from ..kernels.spec import Spec
+from .checkpoints import LEAST
 from .errors import AttnConvertError, UsageError
 from .files import sha256_file, write_text
 from .hosts.sites import NAME
 from .integrity import SUMS
 from .runs import DONE, KEY
 
-HOSTS = {"transformers": ("sites", "transformers"), "diffusers": ("sites", "grids", "diffusers")}  # files of each
+HOSTS = {  # files of each
+    "transformers": ("sites", "architectures", "transformers"),
+    "diffusers": ("sites", "grids", "diffusers"),
+}
 ROOTS = ("operators", "backend_torch", "backend_cpp", "backend_triton")  # beside the files of Triton, loaded by name
 SEVERAL = r"^( *)from {} import (\([\w,\s]+\)|[\w, ]+)$"  # modules by name, in one line or in parentheses
 OPERATOR = "operator_"  # begins the names of the modules of operators that are not ours
 CPP_SOURCES = "cpp_sources"  # the module that holds the C++ files in a checkpoint, as `kernels.cpp_build` expects it
+GUARD = """\
+import warnings
+
+import {library}
+
+if tuple(int(part) for part in {library}.__version__.split(".")[:2]) < {least}:
+    raise ImportError(
+        f"this checkpoint needs {library} {written} or later, {{{library}.__version__}} is installed: "
+        "pip install -U {library}"
+    )
+if int({library}.__version__.partition(".")[0]) > {least[0]}:
+    warnings.warn(
+        f"this checkpoint was made for {library} {least[0]}, {{{library}.__version__}} is installed: if it fails, "
+        "pip install '{library}<{after}'",
+        stacklevel=2,
+    )
+"""  # before anything of the library is taken that may be named otherwise there
 HEADER = """# attnconvert {version}, https://github.com/attnconvert/attnconvert, Apache-2.0
 # Part of an exported checkpoint: it loads with trust_remote_code=True where attnconvert is not installed.
 """
@@ -55,8 +76,9 @@ def write_runtime(
 
     Args:
         templates: file → text with `names` in braces, beside them `runtime`, which begins the names of the code's
-            files, `imports`, a line for each: the libraries fetch the files that a module names, and `operators`, a
-            line for each that must be imported to be registered.
+            files, `imports`, a line for each: the libraries fetch the files that a module names, `operators`, a line
+            for each that must be imported to be registered, and `guard`, which refuses versions of the library that
+            this code does not know.
 
     Raises:
         UsageError: the file of an operator that is not ours cannot go along.
@@ -68,8 +90,10 @@ def write_runtime(
     imports = "\n".join(f"    from .{prefix}_{name} import __name__ as _{name}  # noqa" for name in sources)
     own = [name for name in sources if name.startswith(OPERATOR)]
     registered = "".join(f"from .{prefix}_{name} import __name__ as _{name}  # noqa\n" for name in own)
+    least = LEAST[host]
+    guard = GUARD.format(library=host, least=least, written=".".join(map(str, least)), after=least[0] + 1).rstrip()
     for name, text in templates.items():
-        filled = text.format(**names, runtime=prefix, imports=imports, operators=registered)
+        filled = text.format(**names, runtime=prefix, imports=imports, operators=registered, guard=guard)
         write_text(folder / name, header + filled)
 
 
@@ -134,9 +158,11 @@ def flatten_imports(source: str, prefix: str = NAME) -> str:
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
-def finish(folder: Path, card: str) -> None:
-    """README.md, and SHA256SUMS of every file."""
+def finish(folder: Path, card: str, attached: Mapping[str, str] | None = None) -> None:
+    """README.md, the attached files by their names, and SHA256SUMS of every file."""
     write_text(folder / "README.md", card)
+    for name, text in (attached or {}).items():
+        write_text(folder / name, text)
     own = (SUMS, KEY, DONE)  # not of the checkpoint: these say how far the stage is
     kept = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in own]
     sums = [f"{sha256_file(p)}  {p.relative_to(folder).as_posix()}" for p in kept]

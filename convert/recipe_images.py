@@ -258,6 +258,11 @@ class ImageRecipe(Section):
             yield ("sample", "keep"), "keeps latents alone, and distill.transfer runs on trajectories"
         if "sample" in fields and "evaluate" in fields and fields["sample"].seed == fields["evaluate"].seed:
             yield ("evaluate", "seed"), "is that of the samples too: judge the result on other noise"
+        if "export" in fields and fields["export"].format in ("stock", "adapter"):
+            message = (
+                f"an image or video model is exported with its code: take remote or auto, not {fields['export'].format}"
+            )
+            yield ("export", "format"), message
         if "gates" in fields and "evaluate" in fields:
             yield from _untimed(fields["gates"], fields["evaluate"])
 

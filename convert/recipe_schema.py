@@ -296,8 +296,18 @@ class Gates(Section):
 class ExportSettings(Section):
     """How the checkpoint is written."""
 
+    format: Literal["auto", "stock", "remote", "adapter"] = Field(
+        default="auto",
+        description="stock: no custom code; remote: with its code; adapter: beside the base model; auto: stock where "
+        "the plan is one of full and sliding-window layers, else remote",
+    )
     dtype: Dtype | None = Field(default=None, description="number type of the saved weights; null: as loaded")
     verify: Flag = Field(default=True, description="reload it in clean processes and compare the logits")
+
+    @classmethod
+    def conflicts(cls, fields: Mapping[str, Any]) -> Iterator[Conflict]:
+        if fields.get("format") == "adapter" and fields.get("dtype") is not None:
+            yield ("dtype",), "an adapter leaves the weights of its base model as they are: take it out"
 
 
 OPERATOR_FILES = "Python files that define operators of your own, from the recipe's folder"

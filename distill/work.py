@@ -16,7 +16,7 @@ from ..convert.costs_measure import here, measure_costs
 from ..convert.denoiser_sources import CONDITIONS, fetch_denoiser, load_denoiser
 from ..convert.errors import UsageError
 from ..convert.files import read_json, write_json
-from ..convert.hosts.models import has_head, is_encoder, positions_of
+from ..convert.hosts.models import has_head, is_encoder, positions_of, require_direction, require_text
 from ..convert.hosts.sites import Site
 from ..convert.hosts.surgery import find_sites
 from ..convert.machine import versions
@@ -85,6 +85,7 @@ class Work:
             model, tokenizer = load_denoiser(files, self.recipe.model), None
         else:
             model, tokenizer = load_model(files, self.recipe.model)
+            require_text(model)
         self.run.record(model={"name": files.name, "revision": files.revision, "sha256": files.sha256})
         return model, tokenizer
 
@@ -119,7 +120,10 @@ class Work:
 
     @cached_property
     def sites(self) -> list[Site]:
-        return find_sites(self.model)
+        sites = find_sites(self.model)
+        if self.recipe.kind != "images":
+            require_direction(self.model, sites)
+        return sites
 
     @cached_property
     def calibration(self) -> list[Document]:
