@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from .convert.documents import Document
 from .convert.errors import UsageError
 from .convert.exported import load_exported
 from .convert.hosts import surgery
@@ -24,7 +25,7 @@ from .convert.recipe_errors import dotted, findings
 from .convert.recipe_schema import ProfileSettings, SelectSettings
 from .convert.selection import Selection, needs_model
 from .convert.selection import select as choose
-from .convert.sources import Document
+from .convert.sources import parse_model_argument
 from .distill.measuring import measure_text
 from .kernels import outside
 from .kernels.spec import Spec, spec_to_dict
@@ -153,10 +154,14 @@ def select(profile: Profile, settings: Mapping[str, Any], *, costs: Costs | None
     return choose(profile, wanted, str(profile.data["model"]), costs=costs)
 
 
-def load(folder: str | PathLike[str], *, track: Track = silent) -> Any:
-    """The model of a checkpoint that attnconvert exported, or of the run that it is in, whole and as it was exported.
+def load(folder: str | PathLike[str], *, base: str | PathLike[str] | None = None, track: Track = silent) -> Any:
+    """The model of a checkpoint that attnconvert exported in any form, or of the run that it is in, as it was exported.
 
     It needs no trust in code: the operators are those of this package. Files are compared with SHA256SUMS first.
+
+    Args:
+        base: of an adapter, the model that it was trained on (a folder, a .gguf file or a hub id); else where that came
+            from.
 
     >>> load("runs/nowhere")
     Traceback (most recent call last):
@@ -168,7 +173,8 @@ def load(folder: str | PathLike[str], *, track: Track = silent) -> Any:
     """
     from .convert.inspection import exported_folder
 
-    return load_exported(exported_folder(Path(folder)), track)
+    source = None if base is None else parse_model_argument(str(base))
+    return load_exported(exported_folder(Path(folder)), track, source)
 
 
 def register(file: str | PathLike[str]) -> tuple[str, ...]:

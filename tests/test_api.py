@@ -175,6 +175,8 @@ def test_a_checkpoint_loads_whole_and_a_changed_one_is_refused(
         package.load(str(copy))
     with pytest.raises(UsageError, match="neither an exported checkpoint nor a run"):
         package.load(exported.parent / "model")
+    with pytest.raises(UsageError, match="leave the base model away"):
+        package.load(exported, base=exported.parent / "model")
 
 
 def test_wrong_settings_are_all_told(profiled: Profile, tokenizer: Any) -> None:

@@ -248,7 +248,7 @@ def read_plan_block(block: Mapping[str, Any]) -> dict[Site, list[Spec]]:
     except ValueError as error:
         raise Unsupported(
             f"the checkpoint of attnconvert {block.get('version', '?')} has an operator unknown here ({error}): "
-            "pip install -U attnconvert, or load it with trust_remote_code=True"
+            "attnconvert.register its file, pip install -U attnconvert, or load it with trust_remote_code=True"
         ) from None
     for name, entry in block["sites"].items():
         if missing := [x for x in entry["groups"] if x not in specs]:
