@@ -30,7 +30,7 @@ def test_cross_attention_stays_as_it_was():
     assert not any("encoder_attn" in site.name for site in sites)
     cross = model.model.decoder.layers[0].encoder_attn
     seen = []
-    hook = cross.register_forward_hook(lambda m, a, k, o: seen.append((k, o[0])), with_kwargs=True)
+    hook = cross.register_forward_hook(lambda m, a, k, o: seen.append(({"hidden_states": a[0], **k}, o[0])), with_kwargs=True)
     with converted(model, plan_of(sites, Linear())):
         model(**inputs)
     given, got = seen.pop()
