@@ -30,7 +30,9 @@ def test_cross_attention_stays_as_it_was():
     assert not any("encoder_attn" in site.name for site in sites)
     cross = model.model.decoder.layers[0].encoder_attn
     seen = []
-    hook = cross.register_forward_hook(lambda m, a, k, o: seen.append(({"hidden_states": a[0], **k}, o[0])), with_kwargs=True)
+    hook = cross.register_forward_hook(
+        lambda m, a, k, o: seen.append(({"hidden_states": a[0], **k}, o[0])), with_kwargs=True
+    )
     with converted(model, plan_of(sites, Linear())):
         model(**inputs)
     given, got = seen.pop()
@@ -78,6 +80,18 @@ def test_beams_of_a_decoder_are_those_without_a_cache(title):
     del inputs["decoder_input_ids"]
     cached, uncached = (model.generate(**inputs, num_beams=3, use_cache=use, **GREEDY) for use in (True, False))
     assert torch.equal(cached, uncached)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("title", ["Falcon", "BART"])
+def test_a_compiled_model_gives_the_same(title):
+    model = ROWS[title].model()
+    convert(model, plan_of(find_sites(model), Window(size=4, sinks=1)))
+    inputs = example(model, 20, 9, rows=2)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])  # without one transformers looks for packed rows
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    got, want = (run(**inputs, use_cache=False).logits for run in (compiled, model))
+    torch.testing.assert_close(got, want)
 
 
 @torch.no_grad()
