@@ -308,12 +308,12 @@ def test_gates_of_what_is_not_measured_are_refused_before_any_work(attnconvert, 
 
 def test_a_model_that_is_neither_is_refused_by_name(attnconvert, encoder):  # noqa: F811
     place, recipe = encoder  # noqa: F811
-    folder = Path(shutil.copytree(place / f"bert-{recipe.stem}", place / f"seq2seq-{recipe.stem}"))
-    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["T5ForConditionalGeneration"]}
+    folder = Path(shutil.copytree(place / f"bert-{recipe.stem}", place / f"boxes-{recipe.stem}"))
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["DetrForObjectDetection"]}
     (folder / "config.json").write_text(json.dumps(config))
     done = attnconvert("inspect", folder)
     assert done.code == 2, done.message
-    assert "T5ForConditionalGeneration" in done.message
+    assert "DetrForObjectDetection" in done.message
 
 
 def test_full_heads_of_an_encoder_stay_as_they_were():

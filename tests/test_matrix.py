@@ -204,6 +204,7 @@ def reloaded(request, tmp_path_factory):
     shutil.rmtree(where)
 
 
+@pytest.mark.timeout(900)  # the first of them exports all and waits for the clean process
 @pytest.mark.parametrize("case", CASES)
 def test_the_exported_folder_gives_the_same_in_a_clean_process(reloaded, case):
     if case not in reloaded:

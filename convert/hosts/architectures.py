@@ -14,7 +14,7 @@ import functools
 import inspect
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ REFUSED: dict[str, str] = {
 # Methods of models that take keys and values out of the cache of what was generated, of which there are none
 READ_CACHE = ("_postprocess_outputs",)  # Whisper
 OTHER_SEQUENCE = ("key_value_states", "encoder_hidden_states")  # by these names cross-attention gets what it reads
-MARK = "_attnconvert_reads_other_sequence"  # on a module: whether it does in the pass that runs
+MARK = "attnconvert_reads_other_sequence"  # on a module: whether it does in the pass that runs
 
 Answer = Callable[..., tuple[Tensor, Any]]  # an attention function of transformers
 
@@ -48,34 +48,40 @@ Answer = Callable[..., tuple[Tensor, Any]]  # an attention function of transform
 # --- attention that reads another sequence ----------------------------------------------------------------------------
 
 
-def mark_cross_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before an attention runs: whether it is given another sequence to read."""
-    given = _named(module, args, kwargs)
-    module.__dict__[MARK] = any(given.get(name) is not None for name in OTHER_SEQUENCE)
+def mark_cross_attention(model: nn.Module, but: Container[str] = ()) -> list[Any]:
+    """Hooks on the attentions that take another sequence as an argument: each notes whether the pass gives it one.
+
+    Those with the names `but` are left out. A compiler reads the hook, so all that it needs is looked up before.
+    """
+    hooks = []
+    for name, module in model.named_modules():
+        named = _parameters(module)
+        if name in but or not type(module).__name__.endswith("Attention") or not set(OTHER_SEQUENCE) & set(named):
+            continue
+        places = tuple((argument, named.index(argument)) for argument in OTHER_SEQUENCE if argument in named)
+        hooks.append(module.register_forward_pre_hook(_marking(places), with_kwargs=True))
+    return hooks
+
+
+def _marking(places: tuple[tuple[str, int], ...]) -> Callable[..., None]:
+    def mark(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = False
+        for name, place in places:
+            given = args[place] if place < len(args) else kwargs.get(name)
+            found = found or given is not None
+        setattr(module, MARK, found)
+
+    return mark
 
 
 def reads_other_sequence(module: nn.Module) -> bool:
     """Whether the pass that runs gave it another sequence to read."""
-    return bool(module.__dict__.get(MARK, False))
+    return bool(getattr(module, MARK, False))
 
 
-def may_read_others(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The attentions of a model that take another sequence as an argument."""
-    for name, module in model.named_modules():
-        stock: type = type(module)
-        if stock.__name__.endswith("Attention") and set(OTHER_SEQUENCE) & set(_parameters(stock)):
-            yield name, module
-
-
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by their names."""
-    stock: type = type(module)
-    return {**dict(zip(_parameters(stock), args, strict=False)), **kwargs}
-
-
-@functools.cache
-def _parameters(stock: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(stock.forward).parameters)[1:]  # type: ignore[attr-defined]
+def _parameters(module: nn.Module) -> list[str]:
+    """The arguments of its forward, in order."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 # --- attention that does not ask transformers -------------------------------------------------------------------------
@@ -128,13 +134,15 @@ def rebind(module: nn.Module, function: Answer) -> None:
     Raises:
         Unsupported: this version of its class does not call scaled_dot_product_attention.
     """
-    stock: type = type(module)
-    run, refused, name = _rebound(stock), BY_ITSELF[stock.__name__], stock.__name__
+    name, named = type(module).__name__, _parameters(module)
+    stock: Any = type(module)
+    run = _rebound(stock)
+    places = [(argument, named.index(argument), why) for argument, why in BY_ITSELF[name].items()]
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        given = _named(self, args, kwargs)
-        for argument, why in refused.items():
-            if given.get(argument) is not None:
+        for argument, place, why in places:
+            given = args[place] if place < len(args) else kwargs.get(argument)
+            if given is not None:
                 raise Unsupported(f"{name} gets {argument}: {why}, which no operator here knows")
         before = RUNNING.module, RUNNING.function
         RUNNING.module, RUNNING.function = self, function
@@ -156,14 +164,15 @@ def unbind(module: nn.Module) -> None:
 
 
 @functools.cache
-def _rebound(stock: type) -> Callable[..., Any]:
+def _rebound(stock: Any) -> Callable[..., Any]:
     """The code of a class of attention, in which scaled_dot_product_attention is ours."""
-    original: Any = inspect.unwrap(stock.forward)  # type: ignore[attr-defined]
+    original: Any = inspect.unwrap(stock.forward)
     if "scaled_dot_product_attention" not in original.__code__.co_names:
         raise Unsupported(f"{stock.__name__} of this transformers does not call scaled_dot_product_attention")
     functional = _Names(F, scaled_dot_product_attention=scaled_dot_product_attention)
     library = _Names(torch, nn=_Names(nn, functional=functional))
     names = {**original.__globals__, "torch": library, "F": functional}
+    del names["__name__"]  # by which torch.compile would take the names of the stock module for ours, and reversely
     run = types.FunctionType(original.__code__, names, original.__name__, original.__defaults__, original.__closure__)
     run.__kwdefaults__ = original.__kwdefaults__
     return run

@@ -19,7 +19,6 @@ from .architectures import (
     REFUSED,
     by_itself,
     mark_cross_attention,
-    may_read_others,
     reads_other_sequence,
     rebind,
     unbind,
@@ -95,7 +94,7 @@ def find_sites(model: PreTrainedModel, tolerance: float = 1e-5) -> list[Site]:
     inputs = example(model, TOKENS, DECODER_TOKENS)
     probe = _probed(model, inputs)
     names = {module: name for name, module in model.named_modules()}
-    _refuse_missed(model, {*probe.seen, *probe.others}, names)
+    _refuse_missed(model, {*probe.seen, *probe.others}, names, " and ".join(inputs))
     sites = _numbered(model, {names[module]: found for module, found in probe.seen.items()})
     _refuse_hidden_windows(model, probe, sites)
     causal = {site.causal for site in sites}
@@ -113,8 +112,7 @@ def _probed(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Probe:
     probe, before = Probe(), model.config._attn_implementation
     AttentionInterface.register(PROBE, probe.attention)
     AttentionMaskInterface.register(PROBE, probe.mask)
-    others = [module for _, module in may_read_others(model)]
-    hooks = [m.register_forward_pre_hook(mark_cross_attention, with_kwargs=True) for m in others]
+    hooks = mark_cross_attention(model)
     try:
         for module in by_itself(model):
             rebind(module, probe.attention)
@@ -157,7 +155,7 @@ def _numbered(model: PreTrainedModel, found: Mapping[str, Found]) -> list[Site]:
     return sorted(sites, key=lambda site: site.layer)
 
 
-def _refuse_missed(model: nn.Module, reached: set[nn.Module], names: Mapping[nn.Module, str]) -> None:
+def _refuse_missed(model: nn.Module, reached: set[nn.Module], names: Mapping[nn.Module, str], given: str) -> None:
     """A module that looks like attention and was not called would stay dense without a word."""
     looks = [m for m in names if type(m).__name__.endswith("Attention") and not any(c in reached for c in m.modules())]
     if not reached:
@@ -168,7 +166,8 @@ def _refuse_missed(model: nn.Module, reached: set[nn.Module], names: Mapping[nn.
         )
     if looks:
         raise Unsupported(
-            f"{names[looks[0]]} ({type(looks[0]).__name__}) does not go through transformers' AttentionInterface"
+            f"{names[looks[0]]} ({type(looks[0]).__name__}) does not go through transformers' AttentionInterface, or "
+            f"not in a pass on {given}"
         )
 
 

@@ -30,7 +30,6 @@ from .architectures import (
     by_itself,
     keep_cache_out,
     mark_cross_attention,
-    may_read_others,
     reads_other_sequence,
     rebind,
     unbind,
@@ -239,9 +238,7 @@ def _install(model: PreTrainedModel, sites: Mapping[str, SiteOperators]) -> dict
         mine.respond = answer
         module.add_module(NAME, mine)
         hooks.append(module.register_forward_pre_hook(_swap_cache_layer, with_kwargs=True))
-    for name, module in may_read_others(model):
-        if name not in sites:
-            hooks.append(module.register_forward_pre_hook(mark_cross_attention, with_kwargs=True))
+    hooks += mark_cross_attention(model, but=sites)
     for module in by_itself(model):
         rebind(module, attention_function)
     model._is_stateful = True  # generate then refuses to roll back before it starts
