@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -113,7 +114,7 @@ class Hub:
         self.blobs: dict[str, bytes] = {}
         self.asked: list[tuple[str, str]] = []
         self.tokens: set[str | None] = set()
-        self.private: bool | None = None
+        self.created: dict[str, Any] = {}
         self.refuse = 0
         hub = self
 
@@ -146,7 +147,7 @@ class Hub:
                 if hub.refuse:
                     self.answer({"error": "no"}, hub.refuse)
                 elif self.path == "/api/repos/create":
-                    hub.private = json.loads(sent).get("private")
+                    hub.created = json.loads(sent)
                     self.answer({"url": f"http://{self.headers['Host']}/owner/name", "name": "owner/name"})
                 elif "/preupload/" in self.path:
                     files = json.loads(sent)["files"]
@@ -206,24 +207,29 @@ def test_a_checkpoint_is_pushed_whole_in_one_commit(hub, whole):  # noqa: F811
     folder = whole / "export"
     kept = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert hub.files == {name: text for name, text in kept.items() if name not in ("key", "done.json")}
-    assert hub.private is True
+    assert hub.created["visibility" if "visibility" in hub.created else "private"] in ("private", True)
     assert hub.tokens == {"Bearer hf_secret"}
     assert [path for _, path in hub.asked if "/commit/" in path] == ["/api/models/owner/name/commit/tried"]
     assert ("POST", "/api/models/owner/name/branch/tried") in hub.asked
 
 
-def test_a_push_that_cannot_be_says_why_and_what_to_do(hub, whole, tmp_path):  # noqa: F811
-    folder = Path(shutil.copytree(whole / "export", tmp_path / "export"))
-    offline = hub.run("push", folder, "owner/name", HF_HUB_OFFLINE="1")
-    assert offline.returncode == 5
-    assert "HF_HUB_OFFLINE forbids the network" in offline.stderr
+def test_a_push_that_cannot_be_says_why_and_what_to_do(hub, whole, attnconvert, monkeypatch):  # noqa: F811
+    offline = attnconvert("push", whole, "owner/name")  # as all tests are
+    assert offline.code == 5
+    assert "HF_HUB_OFFLINE forbids the network" in offline.message
     hub.refuse = 403
-    refused = hub.run("push", folder, "owner/name")
+    refused = hub.run("push", whole, "owner/name")
     assert refused.returncode == 5
     assert "refuses to write to owner/name (403): set HF_TOKEN" in refused.stderr.replace("\n", " ")
-    gone = hub.run("push", folder, "owner/name", HF_ENDPOINT="http://127.0.0.1:9")
-    assert gone.returncode == 5
-    assert "the hub is not reachable" in gone.stderr
+
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise type("ConnectError", (Exception,), {"__module__": "httpx"})("[Errno 111] Connection refused")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", unreachable)  # which itself tries for half a minute
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    gone = attnconvert("push", whole, "owner/name")
+    assert gone.code == 5
+    assert "the hub is not reachable: [Errno 111] Connection refused" in gone.message
 
 
 def test_a_dry_run_lists_what_would_be_pushed_and_a_changed_file_is_refused(attnconvert, whole, tmp_path):  # noqa: F811
