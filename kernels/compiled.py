@@ -57,7 +57,8 @@ class _Operator(nn.Module):
         self.spec, self.learned = spec, learned
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        return operators.attend(self.spec, q, k, v, call, None, self.learned)[0]
+        o, _ = operators.attend(self.spec, q, k, v, call, None, self.learned)
+        return o
 
 
 @functools.lru_cache(maxsize=64)
@@ -93,7 +94,8 @@ def _run(args: Sequence[Any]) -> Tensor:
 def whole(*args: Any) -> Tensor:
     """An operator on a grid, from q, k, v to its output."""
     with torch.no_grad():
-        return _run(args).contiguous()
+        o = _run(args)
+    return o.contiguous()
 
 
 @whole.register_fake

@@ -43,7 +43,7 @@ def written(cls: type[S]) -> type[S]:
         plain_init(self, *args, **settings)
         object.__setattr__(self, "text", json.dumps(spec_to_dict(self)))
 
-    cls.__init__ = init  # type: ignore[assignment,misc]
+    cls.__init__ = init  # type: ignore[method-assign]
     return cls
 
 
