@@ -100,7 +100,8 @@ def whole(*args: Any) -> Tensor:
 
 @whole.register_fake
 def _(*args: Any) -> Tensor:
-    return args[0].new_empty(args[0].shape)
+    q: Tensor = args[0]
+    return q.new_empty(q.shape)
 
 
 @torch.library.custom_op(
