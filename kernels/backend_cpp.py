@@ -149,12 +149,12 @@ MEMORY = tuple(f"memory[{n}]" for n in (0, 1, 4, 5, 8, 9))  # the keys and value
 
 
 def _tensors(problem: object, name: str = "x") -> list[tuple[str, Tensor]]:
-    """The tensors of a problem and their names, however deep."""
+    """The tensors of a problem and their names, however deep; not those of lists and ranges, which are int32."""
     if isinstance(problem, Tensor):
         return [(name, problem)]
     if isinstance(problem, tuple):
         return [y for n, x in enumerate(problem) for y in _tensors(x, f"{name}[{n}]")]
-    if not dataclasses.is_dataclass(problem):
+    if isinstance(problem, Ranges | Blocks) or not dataclasses.is_dataclass(problem):
         return []
     return [y for f in dataclasses.fields(problem) for y in _tensors(getattr(problem, f.name), f.name)]
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,14 +15,7 @@ from .masks import Layout
 from .problem import Blocks, Branch, Mixed
 from .spec import Spec, grid_axes, label
 
-F = TypeVar("F", bound=Callable[..., Any])
 NAMES = {1: "a line", 2: "an image (h, w)", 3: "a video (t, h, w)"}
-
-
-def uncompiled(function: F) -> F:
-    """For what makes lists in numpy or by data: a compiled model breaks its graph there and runs it as it is."""
-    plain: F = torch.compiler.disable(function)
-    return plain
 
 
 def layout_of(spec: Spec, k: Tensor, call: Call) -> Layout:

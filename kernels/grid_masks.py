@@ -27,6 +27,7 @@ from .torch_select import from_map
 BLOCK = {"cpu": (16, 32)}  # tokens of a query and of a key block; small ones leave less that is computed and masked
 TILE = {"cpu": {2: (4, 4), 3: (2, 2, 4)}}  # of the order in which a block is compact on the grid
 OTHER_BLOCK, OTHER_TILE = (64, 64), {2: (8, 8), 3: (4, 4, 4)}  # on GPUs, whose tiles are larger
+NEAR = 64  # keys on the grid up to which the C++ kernels take them one by one, and no order makes that faster
 SIZES = (128, 64, 32)  # of blocks that may fill a tile of `tiles`
 
 
@@ -66,7 +67,17 @@ def arranged(spec: Spec, layout: Layout, device: str) -> tuple[Layout, tuple[int
     tile = TILE.get(device, OTHER_TILE).get(len(layout.grid))
     if tile is None or isinstance(spec, Radial | References | Frames):  # these read along frames, as they are stored
         return layout, block
+    if device == "cpu" and _near(spec, layout) <= NEAR:
+        return layout, block
     return grid.in_tiles(layout, tile), block
+
+
+def _near(spec: Spec, layout: Layout) -> float:
+    """About how many keys on the grid a token reads."""
+    axes = len(layout.grid)
+    if isinstance(spec, Disc):
+        return float({1: 2.0, 2: math.pi, 3: 4 / 3 * math.pi}[axes] * spec.radius**axes)
+    return math.prod(map(min, grid.spread(spec.window, axes), layout.grid))
 
 
 def reference(spec: Spec, q: Tensor, k: Tensor, v: Tensor, call: Call, learned: nn.Module | None = None) -> Tensor:
@@ -84,7 +95,6 @@ def reference(spec: Spec, q: Tensor, k: Tensor, v: Tensor, call: Call, learned: 
     return dense(q, k, v, call, allowed[:, :, None])
 
 
-@grid.uncompiled
 def attend(
     spec: Spec, q: Tensor, k: Tensor, v: Tensor, call: Call, state: object = None, learned: nn.Module | None = None
 ) -> tuple[Tensor, None]:

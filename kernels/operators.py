@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import (
     agent,
+    compiled,
     full,
     grid_masks,
     hybrid,
@@ -133,6 +134,8 @@ def attend_all(
         heads = _heads(use.groups, q, k, v, call)
         if hasattr(_file(use), "piece"):
             pieces[n] = _file(use).piece(use.spec, *heads, states[n], use.learned)
+        elif torch.compiler.is_compiling() and compiled.takes(use.spec):
+            done.append((list(use.groups), compiled.attend(use.spec, *heads, use.learned)))
         else:
             o, after[n] = _file(use).attend(use.spec, *heads, states[n], use.learned)
             done.append((list(use.groups), o))

@@ -60,7 +60,6 @@ def reference(spec: Sla, q: Tensor, k: Tensor, v: Tensor, call: Call, learned: n
     return o if learned.conv is None else o + plain_local(v, learned.conv, grid.layout_of(spec, k, call))
 
 
-@grid.uncompiled
 def attend(
     spec: Sla, q: Tensor, k: Tensor, v: Tensor, call: Call, state: object = None, learned: nn.Module | None = None
 ) -> tuple[Tensor, None]:

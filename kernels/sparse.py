@@ -62,7 +62,6 @@ def chosen_blocks(spec: Spec, order: Layout, q: Tensor, k: Tensor, valid: Tensor
     return read | text | text[:, None]
 
 
-@grid.uncompiled
 def attend(
     spec: Sparse, q: Tensor, k: Tensor, v: Tensor, call: Call, state: object = None, learned: nn.Module | None = None
 ) -> tuple[Tensor, None]:

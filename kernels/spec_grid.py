@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from .masks_checks import as_counts, check_count, check_number
-from .spec_registry import QUIET, Spec, check_conv, check_feature_map, is_spec, operator, spec_from_dict
+from .spec_registry import QUIET, Spec, check_conv, check_feature_map, is_spec, operator, spec_from_dict, written
 
 
 def _counts(spec: Spec, least: int, *names: str, empty: bool = False) -> None:
@@ -47,6 +47,7 @@ def _flag(name: str, value: object) -> None:
 
 
 @operator("disc")
+@written
 @dataclass(frozen=True, kw_only=True)
 class Disc:
     """Softmax over the tokens closer than `radius` on the grid (in a video also in frames), and over the text.
@@ -69,6 +70,7 @@ class Disc:
 
 
 @operator("neighbourhood")
+@written
 @dataclass(frozen=True, kw_only=True)
 class Neighbourhood:
     """Softmax over a window of `window` tokens along each axis, and over the text.
@@ -99,6 +101,7 @@ class Neighbourhood:
 
 
 @operator("tiles")
+@written
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
     """Softmax over whole tiles near the token's own, `window` of them along each axis, and over the text.
@@ -123,6 +126,7 @@ class Tiles:
 
 
 @operator("radial")
+@written
 @dataclass(frozen=True, kw_only=True)
 class Radial:
     """Softmax over a band of each frame that halves with every doubling of the distance in time, and over the text.
@@ -149,6 +153,7 @@ class Radial:
 
 
 @operator("references")
+@written
 @dataclass(frozen=True, kw_only=True)
 class References:
     """Softmax over the token's own frame and the reference frames, which read every frame, and over the text.
@@ -176,6 +181,7 @@ class References:
 
 
 @operator("frames")
+@written
 @dataclass(frozen=True, kw_only=True)
 class Frames:
     """Softmax over the token's own chunk of frames, the `before` frames before it and the first `sinks`, and text.
@@ -216,6 +222,7 @@ def _selection(spec: Spec) -> None:
 
 
 @operator("sparse")
+@written
 @dataclass(frozen=True, kw_only=True)
 class Sparse:
     """Softmax over the blocks of keys that matter most to a block of rows, and over those that hold text.
@@ -245,6 +252,7 @@ class Sparse:
 
 
 @operator("sla")
+@written
 @dataclass(frozen=True, kw_only=True)
 class Sla:
     """As `sparse`, and linear attention over all other blocks, through a learned projection that starts at zero.
@@ -298,6 +306,7 @@ class Agent:
 
 
 @operator("timed")
+@written
 @dataclass(frozen=True, kw_only=True)
 class Timed:
     """One operator while an image is mostly noise, at a time of `above` or more, and another afterwards.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import json
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
@@ -62,6 +64,27 @@ def operator_names() -> list[str]:
 
 def _offered() -> list[EntryPoint]:
     return list(entry_points(group=OUTSIDE))
+
+
+def written(cls: type[S]) -> type[S]:
+    """For specs that `kernels.compiled` passes on by name: `text` is the spec as JSON, made once.
+
+    torch.compile reads an attribute as it is, and compiles anew where it differs; it cannot make the text itself.
+    """
+    plain_init: Callable[..., None] = cls.__init__
+
+    @functools.wraps(plain_init)
+    def init(self: Any, *args: Any, **settings: Any) -> None:
+        plain_init(self, *args, **settings)
+        object.__setattr__(self, "text", json.dumps(spec_to_dict(self)))
+
+    cls.__init__ = init  # type: ignore[method-assign]
+    return cls
+
+
+def spec_from_text(text: str) -> Spec:
+    """The spec of a `text`."""
+    return spec_from_dict(json.loads(text))
 
 
 def is_spec(value: object) -> bool:

@@ -698,6 +698,7 @@ def blocks_case(
     patterns[0] = False
     patterns[0, :, -1] = True
     patterns[1, bq // 2 :] = False  # rows without a key
+    patterns[2] &= torch.rand(bq, bk, generator=rng) < 0.05  # scattered, as of a small disc
     kind = torch.randint(-1, 4, named.shape, generator=rng) if partial else torch.full(named.shape, -1)
     starts, counts, columns, kinds = lists(named, kind)
     t_starts, t_counts, t_columns, t_kinds = lists(named.transpose(-1, -2), kind.transpose(-1, -2))

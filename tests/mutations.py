@@ -331,6 +331,13 @@ CPP = (
         FORWARD,
     ),
     _cpp(
+        "what fills the last vector of pairs taken alone counts in C++",
+        "cpp/few.h",
+        "for (int64_t j = n; j < whole; j++) s[j] = LOWEST;",
+        "",
+        FORWARD,
+    ),
+    _cpp(
         "the gradient of the logits leaves out what the normaliser gives in C++",
         "cpp/softmax_backward.h",
         "sub(load(t + j), less)",

@@ -11,17 +11,30 @@ from denoisers import GRIDS, TINY, everything, message, relative, run, tiny
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from peft import LoraConfig
 from torch import nn
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import attnconvert
 from attnconvert.convert.hosts.denoisers import (
     dummy_inputs,
     find_sites,
 )
+from attnconvert.convert.hosts.grids import denoiser
 from attnconvert.convert.hosts.registration_images import converted_class
 from attnconvert.convert.hosts.sites import Unsupported, all_full, plan_block
 from attnconvert.convert.hosts.surgery import convert, converted
-from attnconvert.kernels.spec import Linear
+from attnconvert.kernels.spec import (
+    Agent,
+    Disc,
+    Frames,
+    Linear,
+    Neighbourhood,
+    Radial,
+    References,
+    Sla,
+    Sparse,
+    Tiles,
+    Timed,
+)
 
 
 def test_a_copy_of_the_model_has_operators_of_its_own() -> None:
@@ -146,18 +159,31 @@ def test_controlnet_residuals_of_flux_reach_the_converted_model() -> None:
         assert relative(run(model, guided), stock) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
-def test_a_converted_model_compiles_into_one_graph(name) -> None:
-    model = tiny(name, num_layers=1, **({"num_single_layers": 1} if name == "FluxTransformer2DModel" else {}))
+IMAGE = [Disc(radius=2, pool=2), Neighbourhood(window=3), Tiles(window=1, tile=2), Agent(agents=2), Linear(conv=3)]
+IMAGE += [Sparse(keep=0.3, block=32), Sla(keep=0.3, block=32), Timed(above=0.5, late=Disc(radius=2))]
+VIDEO = [Radial(decay=0.5, floor=2), References(every=2), Frames(before=1), Disc(radius=2)]
+COMPILED = [("FluxTransformer2DModel", {"num_layers": 4, "num_single_layers": 4}, IMAGE)]
+COMPILED += [("SD3Transformer2DModel", {"num_layers": 4, "dual_attention_layers": ()}, IMAGE[::2])]
+COMPILED += [("WanTransformer3DModel", {"num_layers": 4}, VIDEO)]
+
+
+@pytest.mark.parametrize(("name", "changes", "specs"), COMPILED, ids=[x[0] for x in COMPILED])
+def test_a_converted_model_compiles_into_one_graph_whatever_its_operators(name, changes, specs) -> None:
+    model = tiny(name, **changes)
     sites = find_sites(model)
-    grids = GRIDS[sites[0].axes]
-    cases = [dummy_inputs(model, grid, text, batch=2) for grid, text in ((grids[0], 11), (grids[1], 7))]
+    plan = {site: [spec] * site.kv_heads for site, spec in zip(sites, specs, strict=True)}
     torch._dynamo.reset()
-    with converted(model, everything(sites, Linear())):
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        for inputs in cases:
+    counter = CompileCounterWithBackend("eager")
+    with converted(model, plan):
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        inputs = dummy_inputs(model, GRIDS[sites[0].axes][0], 11, batch=2)
+        for times in ((0.9, 0.9), (0.9, 0.2), (0.1, 0.2)):  # `timed` has another operator for each of them
+            inputs["timestep"] = torch.tensor(times) * denoiser(model).noise
             expected = run(model, inputs)
             torch.testing.assert_close(run(compiled, inputs), expected)
+            if times == (0.9, 0.9):
+                graphs = counter.frame_count
+    assert counter.frame_count == graphs, "another step is not compiled anew"
 
 
 def test_blocks_that_are_compiled_one_by_one_share_their_graphs() -> None:

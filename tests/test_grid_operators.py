@@ -28,6 +28,7 @@ from attnconvert.kernels.spec import (
     label,
     spec_to_dict,
 )
+from attnconvert.kernels.spec_registry import spec_from_text
 
 ANY = [Disc(radius=2), Disc(radius=1.5, pool=2), Disc(radius=3, pool=3), Neighbourhood(window=3)]
 ANY += [Neighbourhood(window=5, stride=2), Neighbourhood(window=3, dilation=2), Neighbourhood(window=9)]
@@ -308,17 +309,65 @@ def test_timed_takes_each_sample_by_its_own_time():
         run(spec, q, k, v, call_of(layout, time=torch.ones(3)), None)
 
 
-@pytest.mark.parametrize(
-    "spec", [Disc(radius=2, pool=2), Sla(keep=0.3, block=32, tile=4), Agent(agents=2), Linear(conv=3)], ids=label
-)
-def test_a_compiled_model_gives_the_same_at_every_size(spec):
+COMPILED = [
+    (Disc(radius=2, pool=2), GRIDS[0]),
+    (Neighbourhood(window=3), GRIDS[0]),
+    (Tiles(window=1, tile=2), GRIDS[0]),
+]
+COMPILED += [(Sparse(keep=0.3, block=32), GRIDS[0]), (Sla(keep=0.3, block=32, tile=4), GRIDS[0])]
+COMPILED += [(Agent(agents=2), GRIDS[0]), (Linear(conv=3), GRIDS[0]), (ANY[-1], GRIDS[0])]
+COMPILED += [(spec, GRIDS[1]) for spec in (VIDEO[0], Frames(before=1), References(every=2))]
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=named)
+def test_a_compiled_model_gives_the_same_in_one_graph_at_every_size(case):
+    torch._dynamo.reset()
+    spec, size = case
     learned = learned_of(spec, torch.float32)
-    compiled = torch.compile(run, backend="eager", dynamic=False, fullgraph=isinstance(spec, Agent | Linear))
+    compiled = torch.compile(run, backend="eager", dynamic=False, fullgraph=True)
     with torch.no_grad():
-        for size in ((5, 7), (8, 6)):
-            layout = layout_of(size, (3, 0))
-            inputs = [spec, *make(layout, torch.float32), call_of(layout), learned]
+        for grown in (size, tuple(n + 1 for n in size)):
+            layout = layout_of(grown, (3, 0))
+            inputs = [spec, *make(layout, torch.float32), call_of(layout, padded=True), learned]
             torch.testing.assert_close(compiled(*inputs), run(*inputs))
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=named)
+def test_a_compiled_model_has_the_same_gradients(case):
+    torch._dynamo.reset()
+    spec, size = case
+    layout, learned = layout_of(size, (3, 0)), learned_of(spec, torch.float32)
+    logits = {} if isinstance(spec, Agent) else {"sink_logits": torch.linspace(-1, 1, HEADS).requires_grad_()}
+    call = call_of(layout, padded=True, **logits)
+    trained = [] if learned is None else [p for name, p in learned.named_parameters() if "augment" not in name]
+    found = []
+    for each in (run, torch.compile(run, backend="aot_eager", dynamic=False, fullgraph=True)):
+        inputs = [x.requires_grad_() for x in make(layout, torch.float32)]
+        weights = torch.linspace(-1, 1, DIM)
+        loss = (each(spec, *inputs, call, learned) * weights).sum()
+        found.append(torch.autograd.grad(loss, [*inputs, *trained, *logits.values()], allow_unused=True))
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, torch.zeros_like(got) if want is None and got is not None else want)
+
+
+def test_a_compiled_operator_knows_specs_that_are_alike_apart():
+    torch._dynamo.reset()
+    layout = layout_of((5, 7), (3, 0))
+    inputs = [*make(layout, torch.float32), call_of(layout), None]
+    compiled = torch.compile(run, backend="eager", dynamic=False, fullgraph=True)
+    for spec in (Disc(radius=1.5), Disc(radius=3), Disc(radius=1.5)):
+        torch.testing.assert_close(compiled(spec, *inputs), run(spec, *inputs))
+    assert spec_from_text(Timed(late=Disc(radius=3)).text) == Timed(late=Disc(radius=3))
+
+
+def test_a_compiled_call_that_no_grid_operator_takes_is_refused():
+    torch._dynamo.reset()
+    layout = layout_of((5, 7), (3, 0))
+    compiled = torch.compile(run, backend="eager", dynamic=False, fullgraph=True)
+    for wrong, said in (({"causal": True}, "read each other"), ({"layout": None}, "needs the grid")):
+        with pytest.raises(Exception, match=said):
+            call = dataclasses.replace(call_of(layout), **wrong)
+            compiled(Disc(radius=2), *make(layout, torch.float32), call, None)
 
 
 # ------------------------------------------------------------------------------------------------------------- costs

@@ -1,5 +1,6 @@
 // Mixed attention, forward, and what is linear alone by `Scan`: packs each KV group once and shares its tiles of rows out over the threads.
 #include "branch.h"
+#include "few.h"
 #include "scan.h"
 
 namespace attn {
@@ -12,8 +13,9 @@ struct Group {  // one sequence and KV group
     Packed near, extra;
     Sums far;
     int64_t t = -1;  // the row of the branch, -1 without
-    bool has_extra = false;
-    int64_t floats = 0, near_floats = 0, extra_floats = 0;
+    bool has_extra = false, copied = false;  // copied: rows of floats are made for blocks of few pairs
+    Plain plain;
+    int64_t floats = 0, near_floats = 0, extra_floats = 0, plain_floats = 0;
 };
 
 struct Job {
@@ -43,6 +45,7 @@ class Forward {
         const int64_t heads = a.k.size[1];
         D = a.v.size[3];
         F = a.fq.data ? a.fq.size[3] : 0;
+        few_ = few_patterns(a, per);
         for (const Sequence& s : all) {
             if (s.Q == 0 && !a.state_out.data) continue;
             for (int64_t g = 0; g < heads; g++) groups_.push_back(plan_group(s, g));
@@ -78,7 +81,8 @@ class Forward {
             for (int64_t j = 0; j < n; j++)
                 if (a.extra_at.integer(s.b, g, j) != 1 << 30) y.extra.real[j / 32] |= 1u << (j % 32);
         }
-        y.floats = y.near_floats + y.extra_floats;
+        if (std::count(few_.begin(), few_.end(), 1)) plan_plain(y);
+        y.floats = y.near_floats + y.extra_floats + y.plain_floats;
         if (a.index && a.index[g] >= 0) {
             const bool lists = y.x.lists;
             y.t = a.index[g];
@@ -89,6 +93,31 @@ class Forward {
             y.far.value = [v](int64_t j, float* to) { to_float(to, v.at(j), v.dtype, v.d); };
         }
         return y;
+    }
+
+    void plan_plain(Group& y) {
+        const Sequence& s = y.x.s;
+        const bool own = a.k.dtype == FLOAT32 && a.v.dtype == FLOAT32 && D % W == 0;
+        y.copied = !own;
+        y.plain_floats = own ? 0 : 2 * up(s.K * up(D, W), 16);
+        if (own) {
+            const auto* k = reinterpret_cast<const float*>(a.k.at(s.b, y.x.g, s.k0));
+            const auto* v = reinterpret_cast<const float*>(a.v.at(s.b, y.x.g, s.k0));
+            y.plain = Plain{k, v, a.k.stride[2], a.v.stride[2]};
+        }
+    }
+
+    // Keys and values from `unit` · ALIGN on as rows of floats.
+    void copy(const Group& y, int64_t unit) {
+        const Sequence& s = y.x.s;
+        const int64_t wide = up(D, W);
+        for (int64_t j = unit * ALIGN; j < std::min((unit + 1) * ALIGN, s.K); j++)
+            for (int64_t e = 0; e < 2; e++) {
+                float* to = const_cast<float*>(e ? y.plain.v : y.plain.k) + j * wide;
+                const Array& from = e ? a.v : a.k;
+                to_float(to, from.at(s.b, y.x.g, s.k0 + j), from.dtype, D);
+                std::fill(to + D, to + wide, 0.0f);
+            }
     }
 
     std::vector<Job> jobs(size_t first, size_t last) {
@@ -105,6 +134,10 @@ class Forward {
                 int64_t weight = F;
                 spans(a, y.x, t, end, todo);
                 for (const Span& s : todo) {
+                    if (is_few(few_, s)) {
+                        weight += (s.to - s.from) / WORTH;
+                        continue;
+                    }
                     weight += s.to - s.from;
                     for (int64_t c = s.from / ALIGN; c * ALIGN < up(s.to, W); c++) y.near.needed[c] = 1;
                 }
@@ -148,6 +181,11 @@ class Forward {
                 for (int64_t c = 0; c < y.far.count; c++) packing.push_back({group, 2, c});
                 chunk = std::max(chunk, y.far.chunk);
             }
+            if (y.copied) {
+                float* to = at + y.floats - y.plain_floats;
+                y.plain = Plain{to, to + y.plain_floats / 2, up(D, W), up(D, W)};
+                for (int64_t u = 0; u * ALIGN < y.x.s.K; u++) packing.push_back({group, 3, u});
+            }
             at += y.floats;
         }
         const int64_t near_room = up(Room::floats(D), 16), room = near_room + SumsRoom::floats(F, D, chunk);
@@ -159,6 +197,10 @@ class Forward {
             const Sequence& s = y.x.s;
             if (u.part == 2) {
                 sum_chunk(y.far, u.unit, work);
+                return;
+            }
+            if (u.part == 3) {
+                copy(y, u.unit);
                 return;
             }
             Packed& p = u.part == 1 ? y.extra : y.near;
@@ -200,7 +242,9 @@ class Forward {
         const int64_t step = tile_rows(y.x.G);
         for (int64_t t = job.t0; t < job.t1; t += step) {
             const int64_t n = std::min(step, job.t1 - t);
-            softmax_tile<Op>(a, y.x, y.near, y.has_extra ? &y.extra : nullptr, todo, t, n, r);
+            softmax_tile<Op>(a, y.x, y.near, y.has_extra ? &y.extra : nullptr, todo, t, n, r,
+                             [&](const Span& span) { return is_few(few_, span); });
+            if (!few_.empty()) few_tile(a, y.x, y.near, y.plain, few_, todo, t, n, r);
             if (y.t >= 0) far_tile(y, t, n, r.s, l);
             for (int64_t i = 0; i < n; i++) {
                 finish_softmax(y, t + i, i, r, l);
@@ -254,6 +298,7 @@ class Forward {
 
     const Args& a;
     int64_t per_, D, F;
+    std::vector<char> few_;  // per pattern
     std::vector<Group> groups_;
 };
 

@@ -124,9 +124,10 @@ void step(const Args& a, const Packed& p, const Span& span, int64_t t0, int64_t 
 }
 
 // The softmax of rows t0 : t0 + rows over their keys: unnormalised r.o (rows, d), sums r.l, maxima r.m in powers of 2.
-template <class Op>
+// Spans that `skip` names are left to the caller.
+template <class Op, class Skip>
 void softmax_tile(const Args& a, const Which& x, const Packed& p, const Packed* extra, std::vector<Span>& todo,
-                  int64_t t0, int64_t rows, const Room& r) {
+                  int64_t t0, int64_t rows, const Room& r, Skip skip) {
     const int64_t units = p.k.depth, d = p.v.cols, D = a.q.size[3], padded = up(rows, MR);
     const int64_t size = bytes_of(a.q.dtype);
     for (int64_t i = 0; i < padded; i++) {
@@ -151,6 +152,7 @@ void softmax_tile(const Args& a, const Which& x, const Packed& p, const Packed* 
 
     spans(a, x, t0, t0 + rows, todo);
     for (const Span& span : todo) {
+        if (skip(span)) continue;
         int64_t first, last;
         active(x, t0, rows, span.from, span.to, first, last);
         if (first >= last) continue;
