@@ -26,7 +26,10 @@ from .hosts.sites import NAME
 from .integrity import SUMS
 from .runs import DONE, KEY
 
-HOSTS = {"transformers": ("sites", "transformers"), "diffusers": ("sites", "grids", "diffusers")}  # files of each
+HOSTS = {
+    "transformers": ("sites", "caches", "packing", "transformers"),
+    "diffusers": ("sites", "grids", "diffusers"),
+}  # files of each
 ROOTS = ("operators", "backend_torch", "backend_cpp", "backend_triton")  # beside the files of Triton, loaded by name
 SEVERAL = r"^( *)from {} import (\([\w,\s]+\)|[\w, ]+)$"  # modules by name, in one line or in parentheses
 CPP_SOURCES = "cpp_sources"  # the module that holds the C++ files in a checkpoint, as `kernels.cpp_build` expects it
