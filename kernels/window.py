@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from .call import Call, Cost, Shape, dense
 from .launch import Piece
 from .problem import EMPTY, Part
 from .spec import Window
+
+if TYPE_CHECKING:
+    from .span import SpanState
 
 
 @dataclass
@@ -183,14 +187,20 @@ def fixed_step(
     state.k.index_copy_(2, slot, k)
     state.v.index_copy_(2, slot, v)
     state.real.index_copy_(1, slot, now)
-    if spec.sinks:
+    add_sink(state, k, v, at, now)
+    mask = torch.cat([state.real, (state.sink_at >= 0) & (state.sink_at <= at - size)], 1)
+    return Part(first=0, k=state.k, v=state.v, used=state.k.shape[2], mask=mask), state
+
+
+def add_sink(state: WindowState | SpanState, k: Tensor, v: Tensor, at: Tensor, now: Tensor) -> None:
+    """The new token k, v (B, Hk, 1, D) becomes the next sink of the rows that lack one and have it `now` (B, 1)."""
+    sinks = state.sink_at.shape[1]
+    if sinks:
         missing = state.sink_at < 0
         first = missing & (missing.long().cumsum(1) == 1) & now
         state.sink_at.copy_(torch.where(first, at, state.sink_at))
         for x, new in ((state.k, k), (state.v, v)):
-            x[:, :, size:] = torch.where(first[:, None, :, None], new, x[:, :, size:])
-    mask = torch.cat([state.real, (state.sink_at >= 0) & (state.sink_at <= at - size)], 1)
-    return Part(first=0, k=state.k, v=state.v, used=state.k.shape[2], mask=mask), state
+            x[:, :, -sinks:] = torch.where(first[:, None, :, None], new, x[:, :, -sinks:])
 
 
 def prefill_cost(spec: Window, shape: Shape, length: int) -> Cost:

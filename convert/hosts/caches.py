@@ -123,9 +123,7 @@ class OperatorLayer(CacheLayerMixin):
         """
         count = -int(tokens_to_remove)
         if count < 0:
-            raise Unsupported(
-                f"crop({-count}) keeps a number of tokens: give the number to take back, as a negative one"
-            )
+            raise Unsupported(f"crop({-count}): give the number of tokens to take back, as a negative number")
         target = self.seen - count
         if count == 0:
             self.past = self.past if self.stale else None

@@ -1,13 +1,15 @@
 """Packed sequences: which document every token of a row belongs to, in the ways in which transformers tells it.
 
-Positions that begin anew tell it through the mask function that is made from them, sequence lengths (`cu_seq_lens_q`)
-through the arguments of attention. An exported checkpoint carries this file; it must import nothing else of
-attnconvert.
+Positions that begin anew tell it through the mask function that is made from them, or themselves among the arguments
+of attention; lengths (`cu_seq_lens_q`) are among those too.
+
+An exported checkpoint carries this file; of attnconvert it must import nothing but `sites` and `kernels`.
 """
 
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -76,15 +78,15 @@ def segments(site: SiteOperators, query: Tensor, mask: Tensor | None, others: Ma
     Raises:
         Unsupported: it is packed and has a cache, or its lengths do not fit.
     """
-    lengths = others.get("cu_seq_lens_q")
+    lengths, positions = others.get("cu_seq_lens_q"), others.get("position_ids")
     packed = lengths is not None or (mask is not None and mask.dim() == 3)
-    if site.layer is not None and (packed or _begins_anew(site, query, mask, others.get("position_ids"))):
+    if site.layer is not None and (packed or _begins_anew(site, query, mask, positions)):
         raise Unsupported(NO_CACHE)
-    if not packed:
-        return None
     if lengths is None:
-        assert mask is not None
-        return mask[:, 0].expand(query.shape[0], -1)
+        found = mask[:, 0] if mask is not None and packed else None
+        if mask is None and site.layer is None and site.site.causal:
+            found = _by_positions(positions, query.shape[2])
+        return None if found is None else found.expand(query.shape[0], -1)
     cu, keys = lengths.cpu(), others.get("cu_seq_lens_k")
     batch, tokens = query.shape[0], query.shape[2]
     if batch != 1 or int(cu[0]) != 0 or int(cu[-1]) != tokens or (keys is not None and not torch.equal(cu, keys.cpu())):
@@ -93,6 +95,23 @@ def segments(site: SiteOperators, query: Tensor, mask: Tensor | None, others: Ma
             f"documents; given are {batch} rows and {cu.tolist()}"
         )
     return torch.searchsorted(cu, torch.arange(tokens, dtype=cu.dtype), right=True)[None]
+
+
+_found: list[tuple[Any, int, Tensor | None]] = []  # the last positions that were looked at, and what was found
+
+
+def _by_positions(positions: Any, tokens: int) -> Tensor | None:
+    """From the positions themselves, which some models (gpt-oss) do not tell their masks; once for all layers."""
+    if torch.compiler.is_compiling() or not isinstance(positions, Tensor) or positions.dim() != 2:
+        return None
+    if positions.shape[1] != tokens:
+        return None
+    version = -1 if positions.is_inference() else positions._version
+    if _found and _found[0][0]() is positions and _found[0][1] == version >= 0:
+        return _found[0][2]
+    packed = masks.find_packed_sequence_indices(positions)
+    _found[:] = [(weakref.ref(positions), version, None if packed is None else packed.cpu())]
+    return _found[0][2]
 
 
 def _begins_anew(site: SiteOperators, query: Tensor, mask: Tensor | None, positions: Any) -> bool:
