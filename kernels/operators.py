@@ -144,7 +144,7 @@ def _by_document(uses: Sequence[Use], q: Tensor, k: Tensor, v: Tensor, call: Cal
             row, new = slice(b, b + 1), slice(stop - length, stop)
             valid = None if call.valid is None else call.valid[row, new]
             one = dataclasses.replace(call, segments=None, valid=valid, keep=False)
-            document = (x[row, :, new] for x in (q, k, v))
+            document = q[row, :, new], k[row, :, new], v[row, :, new]
             parts.append(attend_all(uses, *document, one, [None] * len(uses))[0])
         rows.append(torch.cat(parts, 2))
     return torch.cat(rows)

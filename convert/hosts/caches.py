@@ -91,7 +91,7 @@ class OperatorLayer(CacheLayerMixin):
         """The first site that comes makes the cache its own."""
         owner = (site.site.name, site.specs, site.active)
         if self.owner is None:
-            self.owner, self.states = owner, [None] * parts
+            self.owner, self.states = owner, self.states or [None] * parts
         elif self.owner != owner:
             whose = "the teacher and the student" if self.owner[:2] == owner[:2] else "two models or plans"
             raise Unsupported(f"{site.site.name}: a cache cannot be shared by {whose}: start a new one")
@@ -103,7 +103,8 @@ class OperatorLayer(CacheLayerMixin):
         if early:
             valid = None if call.valid is None else call.valid[:, : call.seen + early]
             first = dataclasses.replace(call, valid=valid)
-            o, self.states = operators.attend_all(uses, *(x[:, :, :early] for x in (q, k, v)), first, self.states)
+            tokens = q[:, :, :early], k[:, :, :early], v[:, :, :early]
+            o, self.states = operators.attend_all(uses, *tokens, first, self.states)
             outputs.append(o)
             q, k, v = (x[:, :, early:] for x in (q, k, v))
             call, self.past = dataclasses.replace(call, seen=call.seen + early), None
@@ -215,11 +216,11 @@ class StaticOperatorLayer(OperatorLayer):
 
     def __init__(self, room: int | None) -> None:
         super().__init__()
-        self.room = room
+        self.room, self.filled = room, False
         self.length = torch.zeros((), dtype=torch.long)
 
     def where(self, new: int) -> tuple[int, Tensor | None]:
-        if new == 1 and self.states and self.states[0] is not None:
+        if new == 1 and self.filled:
             return 0, self.length.view(1)
         if torch.compiler.is_compiling():
             raise Unsupported("a static cache is filled outside of torch.compile: compile the steps of one token only")
@@ -241,7 +242,9 @@ class StaticOperatorLayer(OperatorLayer):
         if call.valid is not None:
             call = dataclasses.replace(call, valid=call.valid[:, :total])
         self.length = self.length.to(q.device)
-        before = [operators.moving(use, state, call.seen) for use, state in zip(uses, self.states, strict=True)]
+        before: list[object] = [None] * len(uses)
+        if self.filled:
+            before = [operators.moving(use, state, call.seen) for use, state in zip(uses, self.states, strict=True)]
         o, after = operators.attend_all(uses, q, k, v, call, before)
         fixed = [operators.fixed(use, state, total, self.room) for use, state in zip(uses, after, strict=True)]
         self._write(fixed)
@@ -250,22 +253,18 @@ class StaticOperatorLayer(OperatorLayer):
 
     def _write(self, states: list[Any]) -> None:
         """New contents for the tensors that are there already, which keep their places."""
-        if all(state is None for state in self.states):
+        self.filled = True
+        new = _tensors(states)
+        if [x.shape for x in new] != [x.shape for x in _tensors(self.states)]:
             self.states = states
-            for x in (self.length, *self._tensors()):
-                torch._dynamo.mark_static_address(x)  # type: ignore[no-untyped-call]
+            for x in (self.length, *new):
+                torch._dynamo.mark_static_address(x)
             return
-        for mine, new in zip(self.states, states, strict=True):
-            for field in dataclasses.fields(mine):
-                if isinstance(old := getattr(mine, field.name), Tensor):
-                    old.copy_(getattr(new, field.name))
-
-    def _tensors(self) -> list[Tensor]:
-        values = [getattr(state, f.name) for state in self.states for f in dataclasses.fields(state)]
-        return [x for x in values if isinstance(x, Tensor)]
+        for old, x in zip(_tensors(self.states), new, strict=True):
+            old.copy_(x)
 
     def get_seq_length(self) -> Any:
-        return self.length if self.states else 0
+        return self.length if self.filled else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return (int(query_length) if self.room is None else self.room), 0
@@ -280,8 +279,15 @@ class StaticOperatorLayer(OperatorLayer):
         raise Unsupported("tokens cannot be taken back from a static cache (crop): use the default cache")
 
     def reset(self) -> None:
-        super().reset()
-        self.length = torch.zeros_like(self.length)
+        """Empty again, in the tensors that are there."""
+        self.owner, self.filled = None, False
+        self.length.zero_()
+
+
+def _tensors(states: Sequence[Any]) -> list[Tensor]:
+    """Of all states, in order; none of a state that is not there yet."""
+    values = [getattr(x, f.name) for x in states if x is not None for f in dataclasses.fields(x)]
+    return [x for x in values if isinstance(x, Tensor)]
 
 
 def own_layer(site: SiteOperators, cache: Cache) -> OperatorLayer:
@@ -300,7 +306,7 @@ def own_layer(site: SiteOperators, cache: Cache) -> OperatorLayer:
         raise Unsupported("a converted model's cache cannot be quantised: it is small by design; use the default cache")
     while len(cache.layers) <= index:
         cache.layers.append(DynamicLayer())
-    old = cache.layers[index]
+    old: Any = cache.layers[index]
     if old.is_initialized and old.get_seq_length() > 0:
         raise Unsupported("the cache was filled by another model: start a new one")
     layer = StaticOperatorLayer(_room(site, cache)) if isinstance(old, StaticLayer) else OperatorLayer()

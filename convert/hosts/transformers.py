@@ -170,7 +170,7 @@ def _install(model: PreTrainedModel, sites: Mapping[str, SiteOperators]) -> dict
         module.add_module(NAME, mine)
         hooks.append(module.register_forward_pre_hook(_swap_cache_layer, with_kwargs=True))
     if model.can_generate():
-        model._prepare_cache_for_generation = types.MethodType(_prepare_cache_for_generation, model)
+        model.__dict__["_prepare_cache_for_generation"] = types.MethodType(_prepare_cache_for_generation, model)
     model.set_attn_implementation(NAME)
     return {**kept, "hooks": hooks}
 
