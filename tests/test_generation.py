@@ -1,11 +1,23 @@
 """Generation is exact: for each operator and family, whatever way tokens are fed, against the uncached forward."""
 
 import itertools
+import json
+import threading
 
 import pytest
 import torch
 from models import tiny
-from transformers import DynamicCache, QuantizedCache, StaticCache
+from test_export import exported
+from transformers import (
+    AutoTokenizer,
+    DynamicCache,
+    QuantizedCache,
+    StaticCache,
+    TextIteratorStreamer,
+    TextStreamer,
+    pipeline,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from attnconvert.convert.evaluation import cache_bytes, costs
 from attnconvert.convert.hosts import caches
@@ -337,7 +349,7 @@ def compiled_steps(model, backend="aot_eager"):
 
 @torch.no_grad()
 def test_a_compiled_step_serves_every_token_without_compiling_again(stock):
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 16}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 96}
     model = tiny("llama", num_hidden_layers=1, **heads)
     convert(model, dict.fromkeys(find_sites(model), FIXED))
     compiled_steps(model)
@@ -416,3 +428,34 @@ def test_the_cache_at_32k_tokens_is_what_the_plan_promised(spec):
     places = 8 * state.sink_at.numel() if hasattr(state, "sink_at") else 0  # where the sinks stand is not in the plan
     assert cache_bytes(cache) - free - places == costs(plan, length, 4)["kv_bytes"]
     assert free <= 0.02 * cache_bytes(cache)
+
+
+# --- on an exported checkpoint ----------------------------------------------------------------------------------------
+
+
+def test_pipelines_streamers_rollback_and_static_caches_work_on_an_exported_checkpoint(tmp_path, capsys):
+    model, _ = exported("llama", tmp_path)
+    name = json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]
+    again = get_class_from_dynamic_module(name, str(tmp_path)).from_pretrained(tmp_path).eval()
+    assert type(again).__module__.startswith("transformers_modules")  # the code in the folder, not ours
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, pad_token="0", padding_side="left")
+    pipe = pipeline("text-generation", model=again, tokenizer=tokenizer)
+    words = "5 6 7 8 5 6 7 8 5 6"
+    given = tokenizer(words, return_tensors="pt")
+    start = given["input_ids"].shape[1]
+    ids = model.generate(**given, use_cache=False, **NEW)
+    want = tokenizer.decode(ids[0, start:])
+    assert pipe(words, return_full_text=False, **NEW)[0]["generated_text"] == want
+    batch = pipe([words, "9 10"], batch_size=2, return_full_text=False, **NEW)
+    assert batch[0][0]["generated_text"] == want
+    for settings in ({"prompt_lookup_num_tokens": 3}, {"cache_implementation": "static"}):
+        assert torch.equal(pipe.model.generate(**given, **NEW, **settings), ids)
+    capsys.readouterr()
+    pipe.model.generate(**given, streamer=TextStreamer(tokenizer, skip_prompt=True), **NEW)
+    assert capsys.readouterr().out.split() == want.split()
+    stream = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    thread = threading.Thread(target=pipe.model.generate, kwargs={**given, "streamer": stream, **NEW})
+    thread.start()
+    found = "".join(stream)
+    thread.join()
+    assert found.split() == want.split()
