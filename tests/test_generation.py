@@ -285,6 +285,19 @@ def test_what_is_kept_to_go_back_is_bounded_by_the_call_and_counted(stock, monke
             cache.crop(20)
 
 
+def test_a_cache_that_cannot_go_back_stays_as_it_was(stock):
+    model, sites = stock("llama")
+    plan = plan_of(sites, Full()) | {sites[2]: [Window(size=8, sinks=2)] * sites[2].kv_heads}
+    with converted(model, plan):
+        ids = ids_of()
+        _, cache = feed(model, ids, [40])
+        with pytest.raises(Unsupported, match="3 tokens are to be taken back from the cache, 0 can be"):
+            cache.crop(-3)
+        torch.testing.assert_close(
+            feed(model, ids[:, 40:], [20], cache=cache)[0], uncached(model, ids)[:, 40:], **CLOSE
+        )
+
+
 def test_full_attention_takes_back_whatever_it_holds(stock):
     model, sites = stock("qwen3_moe")
     with converted(model, plan_of(sites, Full())):

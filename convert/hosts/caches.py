@@ -68,6 +68,7 @@ class OperatorLayer(CacheLayerMixin):
         self.record_past = False
         self.past: Past | None = None
         self.stale = False  # tokens were taken back, and the states are still those after them
+        self.siblings: list[Any] = []  # the layers of the cache
 
     def where(self, new: int) -> tuple[int, Tensor | None]:
         """How many tokens came before the `new` ones, and their position as a tensor where shapes are fixed."""
@@ -120,21 +121,28 @@ class OperatorLayer(CacheLayerMixin):
         """Takes back the last −tokens_to_remove tokens, and forgets what was kept for it.
 
         Raises:
-            Unsupported: these are more than can be taken back.
+            Unsupported: these are more than some layer of the cache can take back; all layers then stay as they are.
         """
         count = -int(tokens_to_remove)
         if count < 0:
             raise Unsupported(f"crop({-count}): give the number of tokens to take back, as a negative number")
-        target = self.seen - count
+        together = [x for x in self.siblings if isinstance(x, OperatorLayer) and x.seen == self.seen]
+        most = min(x.room_to_go_back() for x in (self, *together))
+        if count > most and self.seen:
+            raise Unsupported(f"{count} tokens are to be taken back from the cache, {most} can be: {TO_GO_BACK}")
         if count == 0:
             self.past = self.past if self.stale else None
-        elif self.past is not None and target >= self.past.seen:
-            self.seen, self.stale = target, True
-        elif self.past is None and target >= 0 and all(isinstance(state, FullState) for state in self.states):
-            self.seen, self.states = target, [dataclasses.replace(state, length=target) for state in self.states]
+        elif self.past is not None:
+            self.seen, self.stale = self.seen - count, True
         elif self.seen:
-            most = 0 if self.past is None else self.seen - self.past.seen
-            raise Unsupported(f"{count} tokens are to be taken back from the cache, {most} can be: {TO_GO_BACK}")
+            self.seen -= count
+            self.states = [dataclasses.replace(state, length=self.seen) for state in self.states]
+
+    def room_to_go_back(self) -> int:
+        """How many tokens can be taken back: those since what is kept, or, of full attention alone, all."""
+        if self.past is not None:
+            return self.seen - self.past.seen
+        return self.seen if all(isinstance(state, FullState) for state in self.states) else 0
 
     @torch.no_grad()
     def _feed_again(self, uses: Sequence[operators.Use], call: Call) -> None:
@@ -311,7 +319,7 @@ def own_layer(site: SiteOperators, cache: Cache) -> OperatorLayer:
         raise Unsupported("the cache was filled by another model: start a new one")
     layer = StaticOperatorLayer(_room(site, cache)) if isinstance(old, StaticLayer) else OperatorLayer()
     layer.record_past = bool(getattr(old, "record_past", False))
-    cache.layers[index] = layer
+    cache.layers[index], layer.siblings = layer, cache.layers
     return layer
 
 
