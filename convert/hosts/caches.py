@@ -305,7 +305,7 @@ def own_layer(site: SiteOperators, cache: Cache) -> OperatorLayer:
         Unsupported: it is a kind of cache that cannot be, or it has been filled by another model.
     """
     cache = getattr(cache, "self_attention_cache", cache)
-    index = site.site.layer
+    index = site.site.layer if site.site.slot is None else site.site.slot
     if len(cache.layers) > index and isinstance(layer := cache.layers[index], OperatorLayer):
         return layer
     if getattr(cache, "offloading", False):

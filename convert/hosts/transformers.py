@@ -4,8 +4,8 @@ Attention is intercepted where every architecture hands it over: transformers' A
 norms and rotary embedding. A mask function keeps the 2-D padding mask, and a hook on each site swaps its cache layer
 for one that holds the states of our operators. No attention module is rebuilt, so each keeps its own details.
 
-An exported checkpoint carries this file, `caches`, `packing`, `sites` and `kernels`; it must import nothing else of
-attnconvert.
+An exported checkpoint carries this file, `architectures`, `caches`, `packing`, `sites` and `kernels`; it must import
+nothing else of attnconvert.
 """
 
 from __future__ import annotations
@@ -22,14 +22,24 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers import masking_utils as masks
 from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ...kernels.call import Call
 from ...kernels.spec import Spec
 from . import packing
+from .architectures import (
+    REFUSED,
+    by_itself,
+    keep_cache_out,
+    mark_cross_attention,
+    may_read_others,
+    reads_other_sequence,
+    rebind,
+    unbind,
+    use_attention,
+)
 from .caches import own_layer
 from .sites import NAME, Conversion, Site, SiteOperators, Unsupported, read_plan_block, submodule
-
-REFUSED = ("position_bias", "head_mask", "cache", "encoder_hidden_states")
 
 
 def answer(
@@ -45,9 +55,9 @@ def answer(
     **others: Any,
 ) -> Tensor:
     """One call of the attention interface. Shapes as in `attention_function`. → (B, Q, H, D)"""
-    for name in REFUSED:
+    for name, why in REFUSED.items():
         if others.get(name) is not None:
-            raise Unsupported(f"{site.site.name} passes {name} to its attention, which no operator here knows")
+            raise Unsupported(f"{site.site.name} gets {name}: {why}, which no operator here knows")
     seen, at = (0, None) if site.layer is None else site.layer.where(query.shape[2])
     segments = packing.segments(site, query, attention_mask, others)
     if attention_mask is not None and attention_mask.dim() != 3:
@@ -86,8 +96,13 @@ def attention_function(
     """What transformers calls for every site. query (B, H, Q, D), key, value (B, Hk, Q, D) → (B, Q, H, D), None
 
     The site itself answers: a checkpoint's own copy of this file may live in the same process and register last.
+    Attention to another sequence has no operators; it is answered as ever.
     """
     site: Any = module._modules.get(NAME)
+    if site is None and reads_other_sequence(module):
+        mask = None if attention_mask is None else attention_mask[:, None, None].bool()
+        o, _ = sdpa_attention_forward(module, query, key, value, mask, **{**settings, "is_causal": False})
+        return o, None
     if site is None:
         raise Unsupported(f"{type(module).__name__} has no operators: install a plan before running the model")
     return site.answer(query, key, value, attention_mask, **settings), None
@@ -103,9 +118,11 @@ def mask_function(
     """
     compiling = torch.compiler.is_compiling()
     given = others.get("mask_function")
-    skip = "allow_is_bidirectional_skip" if given is masks.bidirectional_mask_function else "allow_is_causal_skip"
-    step = q_length == 1 and kv_length > 1  # then it says so for the sake of the compiler alone
-    if others.get(skip) is False and not (step and compiling):  # it may be more than causal, or everything, and padding
+    plain = given in (masks.causal_mask_function, masks.bidirectional_mask_function)
+    both_ways = "allow_is_bidirectional_skip" in others
+    skip = others.get("allow_is_bidirectional_skip" if both_ways else "allow_is_causal_skip")
+    step = q_length == 1 and kv_length > 1  # of a static cache, where it says so for the sake of the compiler alone
+    if skip is False and not plain and not (step and compiling):  # more than order, window and padding, it says
         if compiling:
             advice = "pad the batch instead"
             if attention_mask is None:
@@ -116,7 +133,7 @@ def mask_function(
             return documents
     if attention_mask is None or (not compiling and bool(attention_mask.all())):  # a compiler sees shapes only
         return None
-    if step and others.get(skip) is False and attention_mask.shape[1] < kv_length:
+    if step and skip is False and attention_mask.shape[1] < kv_length:
         return nn.functional.pad(attention_mask, (0, kv_length - attention_mask.shape[1]))
     return attention_mask
 
@@ -171,8 +188,13 @@ def _install(model: PreTrainedModel, sites: Mapping[str, SiteOperators]) -> dict
         hooks.append(module.register_forward_pre_hook(_swap_cache_layer, with_kwargs=True))
     if model.can_generate():
         model.__dict__["_prepare_cache_for_generation"] = types.MethodType(_prepare_cache_for_generation, model)
-    model.set_attn_implementation(NAME)
-    return {**kept, "hooks": hooks}
+    for name, module in may_read_others(model):
+        if name not in sites:
+            hooks.append(module.register_forward_pre_hook(mark_cross_attention, with_kwargs=True))
+    for module in by_itself(model):
+        rebind(module, attention_function)
+    use_attention(model, NAME)
+    return {**kept, "hooks": hooks, "methods": keep_cache_out(model)}
 
 
 def _uninstall(model: PreTrainedModel, sites: Mapping[str, SiteOperators], kept: dict[str, Any]) -> None:
@@ -181,7 +203,11 @@ def _uninstall(model: PreTrainedModel, sites: Mapping[str, SiteOperators], kept:
     for name in sites:
         del submodule(model, name)._modules[NAME]
     model.__dict__.pop("_prepare_cache_for_generation", None)
-    model.set_attn_implementation(kept["attention"])
+    for module in by_itself(model):
+        unbind(module)
+    for name in kept["methods"]:
+        delattr(model, name)
+    use_attention(model, kept["attention"])
 
 
 def converted_config(base: type[PreTrainedModel]) -> type[PreTrainedConfig]:
