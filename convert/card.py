@@ -86,8 +86,8 @@ ENCODE = """\
 inputs = tokenizer(["The state of the union is strong.", "A second text."], padding=True, return_tensors="pt")
 output = model(**inputs)"""
 CACHE = """\
-- The cache cannot take tokens back (`crop`), so assisted decoding and prompt lookup raise an error.
-- There is no static cache and no offloaded cache: the states are small and grow or stay as they are.
+- Offloaded and quantised caches raise an error: the states are small. A static cache holds every operator but `blocks`.
+- The cache takes tokens back, as assisted decoding and prompt lookup ask for, only while it records what it is fed.
 """
 SEES_LESS = """\
 - A converted group sees what its operator keeps. What was not measured above, such as longer contexts or other
@@ -96,7 +96,7 @@ SEES_LESS = """\
 LIMITS = """\
 ## Limits
 
-{cache}- Packed sequences and custom attention masks raise an error: pad the batch instead.
+{cache}- Packed sequences are read one by one, without a cache; custom attention masks raise an error.
 - Attention dropout is not applied; it matters only where the model is trained on.
 """
 LIMITS += SEES_LESS

@@ -22,8 +22,8 @@ from ..kernels.call import Shape
 from ..kernels.spec import Full, Spec, Window
 from .errors import GateMissed
 from .hosts import models
+from .hosts.caches import OperatorLayer
 from .hosts.sites import Site
-from .hosts.transformers import OperatorLayer
 from .passages import Passages
 from .text import Needles, kl
 

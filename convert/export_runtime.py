@@ -30,7 +30,7 @@ from .integrity import SUMS
 from .runs import DONE, KEY
 
 HOSTS = {  # files of each
-    "transformers": ("sites", "architectures", "transformers"),
+    "transformers": ("sites", "architectures", "caches", "packing", "transformers"),
     "diffusers": ("sites", "grids", "diffusers"),
 }
 ROOTS = ("operators", "backend_torch", "backend_cpp", "backend_triton")  # beside the files of Triton, loaded by name

@@ -30,6 +30,9 @@ class Call:
     read in both directions, as in encoders: such a call has no past (`seen` 0), and nobody keeps a state of it.
     `layout` says where image or video tokens stand on their grid, text beside it; `time` (B,) how noisy each sample is,
     from 0 to 1 (noise). Both are None for text.
+    `segments` (B, Q) tells apart the documents that are packed into a row: tokens read those of their own run of equal
+    numbers only. Such a call has no past and leaves no state. `at` (1,) int64 is the position of the one new token
+    where states have fixed shapes: `seen` is not told then, and `valid` may be longer than what has been seen.
     """
 
     scale: float
@@ -42,10 +45,14 @@ class Call:
     causal: bool = True
     layout: Layout | None = None
     time: Tensor | None = None
+    segments: Tensor | None = None
+    at: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.causal and self.seen:
             raise ValueError(f"seen must be 0 where the call is not causal, not {self.seen}: it has no past")
+        if self.segments is not None and self.seen:
+            raise ValueError(f"seen must be 0 where documents are packed, not {self.seen}: they have no past")
 
     def heads(self, index: slice | list[int]) -> Call:
         """The same call for the query heads in `index` only."""
@@ -111,6 +118,26 @@ def state_bytes(state: object) -> int:
         return 0
     values = [getattr(state, f.name) for f in dataclasses.fields(state)]  # type: ignore[arg-type]
     return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+
+
+def remember(state: T) -> T:
+    """What it takes to come back to this state with `recall` after later calls.
+
+    Keys and values that are only ever added to (a state with a `length`) are not copied, all else is.
+    """
+    if state is None:
+        return state
+    if not hasattr(state, "length"):
+        return map_state(state, Tensor.clone)
+    changed = {name: getattr(state, name)[:, :, :0] for name in ("k", "v")}
+    return map_state(dataclasses.replace(state, **changed), Tensor.clone)  # type: ignore[type-var]
+
+
+def recall(then: T, now: T) -> T:
+    """The state that was remembered as `then`, where `now` is what later calls made of it."""
+    if then is None or not hasattr(then, "length"):
+        return then
+    return dataclasses.replace(then, k=now.k, v=now.v)  # type: ignore[type-var,attr-defined]
 
 
 def logits(q: Tensor, k: Tensor, call: Call) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import window
@@ -12,6 +14,7 @@ from .call import Call, Cost, Shape, dense
 from .launch import Piece
 from .problem import Part
 from .spec import Full, Window
+from .window import WindowState
 
 SLACK = 64  # a cache grows by 1 / SLACK of its length, and by LEAST tokens at least
 LEAST = 16
@@ -88,6 +91,38 @@ def step(
     state.k[:, :, n], state.v[:, :, n] = k[:, :, 0], v[:, :, 0]
     state = FullState(state.k, state.v, n + 1)
     return Part(first=0, k=state.k, v=state.v, used=n + 1, mask=call.valid), state
+
+
+def fixed(spec: Full, state: object, length: int, room: int | None) -> object:
+    """The state after `length` tokens, with room for `room`."""
+    if isinstance(state, WindowState):
+        return window.fixed(Window(size=1), state, length, room)
+    assert isinstance(state, FullState)
+    if room is None:
+        raise ValueError("full attention needs a static cache that says for how many tokens it is")
+    k, v = (F.pad(x[:, :, :length], (0, 0, 0, room - length)) for x in (state.k, state.v))
+    return FullState(k, v, room)
+
+
+def moving(spec: Full, state: object, length: int) -> object:
+    """The inverse."""
+    return dataclasses.replace(state, length=length) if isinstance(state, FullState) else state
+
+
+def fixed_step(
+    spec: Full, q: Tensor, k: Tensor, v: Tensor, call: Call, state: object, learned: nn.Module | None = None
+) -> tuple[Part, object]:
+    """One new token at `call.at`: written into its slot."""
+    if call.limit is not None:
+        return window.fixed_step(Window(size=call.limit, sinks=0), q, k, v, call, state)
+    assert isinstance(state, FullState)
+    assert call.at is not None
+    state.k.index_copy_(2, call.at, k)
+    state.v.index_copy_(2, call.at, v)
+    room = state.k.shape[2]
+    mask = (torch.arange(room, device=k.device) <= call.at).expand(k.shape[0], -1)
+    mask = mask if call.valid is None else mask & call.valid
+    return Part(first=0, k=state.k, v=state.v, used=room, mask=mask), state
 
 
 def prefill_cost(spec: Full, shape: Shape, length: int) -> Cost:

@@ -12,6 +12,7 @@ whatever the size of the logits; LoLCATs shifts only the window, and its balance
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -116,17 +117,45 @@ def step(
     assert isinstance(learned, HybridParameters)
     assert isinstance(state, HybridState)
     refuse_limit(call)
+    if call.valid is not None:
+        state = state if state.real is not None else fixed(spec, state, call.seen, None)
+        at = torch.full((1,), call.seen, device=k.device)
+        return fixed_step(spec, q, k, v, dataclasses.replace(call, at=at), state, learned)
     leaving = call.seen - spec.window
-    if leaving >= (spec.sinks if call.valid is None else 0):
+    if leaving >= spec.sinks:
         slot = slice(leaving % spec.window, leaving % spec.window + 1)
-        counts = None
-        if call.valid is not None:
-            counts = call.valid[:, leaving : leaving + 1] & ~(state.sink_at == leaving).any(1, keepdim=True)
-        linear.add(state.s, learned.keys(state.k[:, :, slot]), state.v[:, :, slot], counts)
+        linear.add(state.s, learned.keys(state.k[:, :, slot]), state.v[:, :, slot], None)
     part, near = window.step(_window(spec), q, k, v, call, state)
-    fq = learned.queries(q)[:, :, 0]
-    part = Part(first=0, k=part.k, v=part.v, used=part.used, mask=part.mask, fq=fq, state=state.s, weight=learned.tail)
-    return part, HybridState(**vars(near), s=state.s)
+    return _with_tail(part, q, state.s, learned), HybridState(**vars(near), s=state.s)
+
+
+def _with_tail(part: Part, q: Tensor, s: Tensor, learned: HybridParameters) -> Part:
+    """The window's part with the linear branch beside it."""
+    return dataclasses.replace(part, fq=learned.queries(q)[:, :, 0], state=s, weight=learned.tail)
+
+
+def fixed(spec: Hybrid, state: object, length: int, room: int | None) -> HybridState:
+    """The state after `length` tokens with `real` in any case; its shape is fixed as it is."""
+    assert isinstance(state, HybridState)
+    return HybridState(**vars(window.fixed(_window(spec), state, length, room)) | {"s": state.s.clone()})
+
+
+def fixed_step(
+    spec: Hybrid, q: Tensor, k: Tensor, v: Tensor, call: Call, state: object, learned: nn.Module | None = None
+) -> tuple[Part, HybridState]:
+    """One new token at `call.at`: what is in its slot leaves the window and joins the tail, if it is real, no sink."""
+    assert isinstance(learned, HybridParameters)
+    assert isinstance(state, HybridState)
+    assert state.real is not None
+    assert call.at is not None
+    refuse_limit(call)
+    slot = call.at % spec.window
+    sink = (state.sink_at == call.at - spec.window).any(1, keepdim=True)
+    leaves = state.real.index_select(1, slot) & ~sink  # (B, 1)
+    old_k, old_v = state.k.index_select(2, slot), state.v.index_select(2, slot)
+    linear.add(state.s, learned.keys(old_k), old_v, leaves)
+    part, _ = window.fixed_step(_window(spec), q, k, v, call, state)
+    return _with_tail(part, q, state.s, learned), state
 
 
 def prefill_cost(spec: Hybrid, shape: Shape, length: int) -> Cost:

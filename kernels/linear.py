@@ -7,6 +7,7 @@ least fp32: a bf16 running sum loses terms. On a grid a depthwise convolution of
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -156,6 +157,22 @@ def step(
     fq, fk = features(spec, q, k, learned)
     add(state.s, fk, v, None if call.valid is None else call.valid[:, -1:])
     return Part(first=0, k=k, v=v, used=0, fq=fq[:, :, 0], state=state.s), state
+
+
+def fixed(spec: Linear, state: object, length: int, room: int | None) -> LinearState:
+    """The state, whose shape is fixed as it is."""
+    assert isinstance(state, LinearState)
+    return LinearState(state.s.clone())
+
+
+def fixed_step(
+    spec: Linear, q: Tensor, k: Tensor, v: Tensor, call: Call, state: object, learned: nn.Module | None = None
+) -> tuple[Part, LinearState]:
+    """One new token at `call.at`: added to the state."""
+    if call.valid is not None:
+        assert call.at is not None
+        call = dataclasses.replace(call, valid=call.valid.index_select(1, call.at))
+    return step(spec, q, k, v, call, state, learned)
 
 
 def add(s: Tensor, fk: Tensor, v: Tensor, counts: Tensor | None) -> None:

@@ -117,14 +117,19 @@ def attend_all(
 
     A prefill is one launch of mixed attention for all that read softmax ranges, a decode step one launch for all with
     a cache; linear attention over a prompt, spans, blocks and retention have launches of their own. A call that is not
-    causal leaves no states.
+    causal leaves no states, nor does one of packed documents.
     """
+    if call.segments is not None:
+        return _by_document(uses, q, k, v, call, call.segments), [None] * len(uses)
     if not call.causal:
         call = dataclasses.replace(call, keep=False)
-    one = q.shape[2] == 1 and not _differentiable(uses, q, k, v)  # a step writes into its cache
+    one = q.shape[2] == 1 and (
+        call.at is not None or not _differentiable(uses, q, k, v)
+    )  # a step writes into its cache
     after: list[object] = list(states)
     done: list[tuple[list[int], Tensor]] = []  # KV groups and their outputs
-    stepping = [n for n, use in enumerate(uses) if one and states[n] is not None and hasattr(_file(use), "step")]
+    name = "step" if call.at is None else "fixed_step"
+    stepping = [n for n, use in enumerate(uses) if one and states[n] is not None and hasattr(_file(use), name)]
     if stepping:
         done.append(_decode(uses, stepping, q, k, v, call, states, after))
     pieces: dict[int, launch.Piece] = {}
@@ -143,6 +148,37 @@ def attend_all(
     launches = ([fresh] if fresh else []) + [[n] for n in pieces if n not in fresh]
     done += [_mixed(uses, members, pieces, q, k, v, call, after) for members in launches]
     return _in_order(done, q, k.shape[1]), after
+
+
+def can_be_fixed(spec: Spec) -> bool:
+    """Whether its state can have a fixed shape, as a static cache wants it."""
+    return hasattr(file_of(spec.operator), "fixed_step")
+
+
+def fixed(use: Use, state: object, length: int, room: int | None) -> object:
+    """A state after `length` tokens in tensors of their own whose shapes hold up to `room` tokens; None: any number."""
+    return _file(use).fixed(use.spec, state, length, room)
+
+
+def moving(use: Use, state: object, length: int) -> object:
+    """The inverse: the state as calls of more than one token take it, in views where that will do."""
+    return state if state is None or not hasattr(_file(use), "moving") else _file(use).moving(use.spec, state, length)
+
+
+def _by_document(uses: Sequence[Use], q: Tensor, k: Tensor, v: Tensor, call: Call, segments: Tensor) -> Tensor:
+    """Packed rows, each document on its own: whatever reads by position, length or score then starts anew in each."""
+    rows = []
+    for b, numbers in enumerate(segments):
+        lengths: list[int] = torch.unique_consecutive(numbers, return_counts=True)[1].tolist()
+        parts = []
+        for stop, length in zip(itertools.accumulate(lengths), lengths, strict=True):
+            row, new = slice(b, b + 1), slice(stop - length, stop)
+            valid = None if call.valid is None else call.valid[row, new]
+            one = dataclasses.replace(call, segments=None, valid=valid, keep=False)
+            document = q[row, :, new], k[row, :, new], v[row, :, new]
+            parts.append(attend_all(uses, *document, one, [None] * len(uses))[0])
+        rows.append(torch.cat(parts, 2))
+    return torch.cat(rows)
 
 
 def _differentiable(uses: Sequence[Use], *tensors: Tensor) -> bool:
@@ -212,7 +248,8 @@ def _decode(
     parts = []
     for n in members:
         use = uses[n]
-        part, after[n] = _file(use).step(use.spec, *_heads(use.groups, q, k, v, call), states[n], use.learned)
+        step = _file(use).step if call.at is None else _file(use).fixed_step
+        part, after[n] = step(use.spec, *_heads(use.groups, q, k, v, call), states[n], use.learned)
         parts += _runs(part, [order.index(g) for g in use.groups], per)
     q, _, _, call = _heads(order, q, k, v, call)
     parts.sort(key=lambda part: part.first)

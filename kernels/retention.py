@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .call import Call, Cost, Shape, grouped, logits, refuse_limit, sink_column, softmax_terms
+from .call import Call, Cost, Shape, grouped, logits, map_state, refuse_limit, sink_column, softmax_terms
 from .problem import EMPTY, Part
 from .spec import Retention
 
@@ -125,6 +125,37 @@ def step(
     row = positions(call, q.shape[0], 1, q.device).long()  # (B, 1)
     if call.valid is not None or call.seen % spec.block == 0:
         state = _compete(spec, state, row)
+    return _joined(spec, k, v, state, row, call.valid is not None or call.seen < spec.sinks), state
+
+
+def fixed(spec: Retention, state: object, length: int, room: int | None) -> RetentionState:
+    """The state, whose shape is fixed as it is."""
+    assert isinstance(state, RetentionState)
+    return map_state(state, Tensor.clone)
+
+
+def fixed_step(
+    spec: Retention, q: Tensor, k: Tensor, v: Tensor, call: Call, state: object, learned: nn.Module | None = None
+) -> tuple[Part, RetentionState]:
+    """One new token at `call.at`."""
+    assert isinstance(state, RetentionState)
+    assert call.at is not None
+    refuse_limit(call)
+    row = call.at.expand(q.shape[0], 1)
+    if call.valid is not None:
+        real = call.valid.index_select(1, call.at)
+        row = torch.where(real, (call.valid.long().cumsum(1) - 1).index_select(1, call.at), -1)
+    begun = _compete(spec, state, row)
+    state.at.copy_(begun.at)
+    state.score.copy_(begun.score)
+    return _joined(spec, k, v, state, row, True), state
+
+
+def _joined(spec: Retention, k: Tensor, v: Tensor, state: RetentionState, row: Tensor, sinks: bool) -> Part:
+    """The new tokens k, v (B, Hk, 1, D), real tokens `row` (B, 1) of their rows, written into the state and then read.
+
+    `sinks` is false where none of them can be one.
+    """
     real = row >= 0
     ring, last = row.clamp(min=0) % spec.window, spec.window + spec.keep
     _write(state.k, k, ring, real)
@@ -133,17 +164,17 @@ def step(
     for x, value in ((state.at, row), (state.score, torch.zeros_like(row))):
         new = value[:, None].expand_as(place).to(x.dtype)
         x.scatter_(2, place, torch.where(real[:, None], new, x.gather(2, place)))
-    if spec.sinks and (call.valid is not None or call.seen < spec.sinks):
+    if spec.sinks and sinks:
         first = real & (row < spec.sinks)
         for x, new in ((state.k, k), (state.v, v)):
             _write(x, new, last + row.clamp(0, spec.sinks - 1), first)
     at = state.at[:, 0].long()
     recent, kept = at[:, : spec.window], at[:, spec.window :]
-    sinks = torch.arange(spec.sinks, device=q.device) <= row
-    mask = torch.cat([recent >= spec.sinks, kept >= 0, sinks], 1) & real
+    there = torch.arange(spec.sinks, device=k.device) <= row
+    mask = torch.cat([recent >= spec.sinks, kept >= 0, there], 1) & real
     late = torch.zeros_like(mask)
     late[:, : spec.window] = mask[:, : spec.window] & (row - recent >= spec.window // 2)
-    return Part(first=0, k=state.k, v=state.v, used=state.k.shape[2], mask=mask, late=late), state
+    return Part(first=0, k=state.k, v=state.v, used=state.k.shape[2], mask=mask, late=late)
 
 
 def receive(spec: Retention, state: object, given: Tensor) -> None:

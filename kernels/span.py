@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import ops, window
 from .call import Call, Cost, Shape, dense
-from .problem import EMPTY, Extra
+from .problem import EMPTY, Extra, Part
 from .spec import STEP, Span, Window
 from .window import find_sinks, sink_positions
 
@@ -161,6 +161,54 @@ def _piece(
         softcap=call.softcap or 0.0,
         sink_logits=call.sink_logits,
     ).o
+
+
+def fixed(spec: Span, state: object, length: int, room: int | None) -> SpanState:
+    """The state after `length` tokens as a ring of what rows below `room` may read: token p is in slot p % its size."""
+    assert isinstance(state, SpanState)
+    if room is None:
+        raise ValueError("a span needs a static cache that says for how many tokens it is")
+    size, count = held(spec, room), state.k.shape[2] - spec.sinks
+    slot = torch.arange(length - count, length, device=state.k.device) % size
+    rings = []
+    for x in (state.k, state.v):
+        empty = x.new_zeros(*x.shape[:2], size, x.shape[3])
+        rings.append(torch.cat([empty.index_copy(2, slot, x[:, :, :count]), x[:, :, count:]], 2))
+    return SpanState(rings[0], rings[1], state.sink_at.clone())
+
+
+def moving(spec: Span, state: object, length: int) -> SpanState:
+    """The inverse."""
+    assert isinstance(state, SpanState)
+    size = state.k.shape[2] - spec.sinks
+    order = torch.arange(length - held(spec, length), length, device=state.k.device) % size
+    k, v = (torch.cat([x.index_select(2, order), x[:, :, size:]], 2) for x in (state.k, state.v))
+    return SpanState(k, v, state.sink_at)
+
+
+def fixed_step(
+    spec: Span, q: Tensor, k: Tensor, v: Tensor, call: Call, state: object, learned: nn.Module | None = None
+) -> tuple[Part, SpanState]:
+    """One new token at `call.at`: written into the ring, of which it reads what its window reaches."""
+    assert isinstance(state, SpanState)
+    assert call.at is not None
+    size, at = state.k.shape[2] - spec.sinks, call.at
+    state.k.index_copy_(2, at % size, k)
+    state.v.index_copy_(2, at % size, v)
+    there = at - (at - torch.arange(size, device=k.device)) % size  # (R,): the position that each slot holds
+    start, real = torch.zeros_like(at)[:, None], (there >= 0)[None]  # (1 or B, 1), (1 or B, R)
+    now = torch.ones_like(state.k[:, 0, :1, 0], dtype=torch.bool)
+    if call.valid is not None:
+        start = call.valid.long().argmax(1, keepdim=True)
+        real = real & call.valid.index_select(1, there.clamp(min=0))
+        now = call.valid.index_select(1, at)
+    window.add_sink(state, k, v, at, now)
+    behind = (at - start).clamp(min=0)
+    reach = spec.size + (behind.double() * spec.growth).long() // STEP * STEP  # as `Span.width` counts
+    reach = reach if call.limit is None else reach.clamp(max=call.limit)
+    near = (real & (at - there < reach)).expand(k.shape[0], -1)
+    mask = torch.cat([near, (state.sink_at >= 0) & (state.sink_at <= at - reach)], 1)
+    return Part(first=0, k=state.k, v=state.v, used=state.k.shape[2], mask=mask), state
 
 
 def prefill_cost(spec: Span, shape: Shape, length: int) -> Cost:

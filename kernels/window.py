@@ -9,7 +9,9 @@ sinks after it: token p is in slot p % size, sink n in slot size + n.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from .call import Call, Cost, Shape, dense
 from .launch import Piece
 from .problem import EMPTY, Part
 from .spec import Window
+
+if TYPE_CHECKING:
+    from .span import SpanState
 
 
 @dataclass
@@ -145,9 +150,9 @@ def step(
     assert isinstance(state, WindowState)
     size, at = width(spec, call), call.seen
     slot = at % size
-    state.k[:, :, slot], state.v[:, :, slot] = k[:, :, 0], v[:, :, 0]
     real, sink_at = state.real, state.sink_at
     if call.valid is None:
+        state.k[:, :, slot], state.v[:, :, slot] = k[:, :, 0], v[:, :, 0]
         if at < spec.sinks:
             state.k[:, :, size + at], state.v[:, :, size + at] = k[:, :, 0], v[:, :, 0]
             sink_at = sink_at.clone()
@@ -155,20 +160,47 @@ def step(
         used = min(at + 1, size) + min(max(0, at + 1 - size), spec.sinks)
         state = WindowState(state.k, state.v, sink_at, None)
         return Part(first=0, k=state.k, v=state.v, used=used), state
-    now = call.valid[:, -1]
-    if real is None:  # all were real until now
-        real = (torch.arange(size, device=k.device) < at).expand(k.shape[0], -1)
-    real = real.clone()
-    real[:, slot] = now
-    if spec.sinks:
-        missing = sink_at < 0
-        first = (missing & (missing.long().cumsum(1) == 1)) & now[:, None]  # the next sink of the rows that lack one
-        sink_at = torch.where(first, at, sink_at)
-        for x, new in ((state.k, k), (state.v, v)):
-            x[:, :, size:] = torch.where(first[:, None, :, None], new, x[:, :, size:])
-    mask = torch.cat([real, (sink_at >= 0) & (sink_at <= at - size)], 1)
-    state = WindowState(state.k, state.v, sink_at, real)
+    state = fixed(spec, state, at, None) if real is None else state  # all were real until now
+    return fixed_step(spec, q, k, v, dataclasses.replace(call, at=torch.full((1,), at, device=k.device)), state)
+
+
+def fixed(spec: Window, state: object, length: int, room: int | None) -> WindowState:
+    """The state after `length` tokens with `real` in any case; its shape is fixed as it is."""
+    assert isinstance(state, WindowState)
+    size = state.k.shape[2] - state.sink_at.shape[1]
+    real = state.real
+    if real is None:
+        real = (torch.arange(size, device=state.k.device) < length).expand(state.k.shape[0], -1)
+    return dataclasses.replace(state, sink_at=state.sink_at.clone(), real=real.clone())
+
+
+def fixed_step(
+    spec: Window, q: Tensor, k: Tensor, v: Tensor, call: Call, state: object, learned: nn.Module | None = None
+) -> tuple[Part, WindowState]:
+    """One new token at `call.at`: written into the ring, and among the sinks of the rows that lack one."""
+    assert isinstance(state, WindowState)
+    assert state.real is not None
+    assert call.at is not None
+    size, at = width(spec, call), call.at
+    slot = at % size
+    now = torch.ones_like(state.real[:, :1]) if call.valid is None else call.valid.index_select(1, at)
+    state.k.index_copy_(2, slot, k)
+    state.v.index_copy_(2, slot, v)
+    state.real.index_copy_(1, slot, now)
+    add_sink(state, k, v, at, now)
+    mask = torch.cat([state.real, (state.sink_at >= 0) & (state.sink_at <= at - size)], 1)
     return Part(first=0, k=state.k, v=state.v, used=state.k.shape[2], mask=mask), state
+
+
+def add_sink(state: WindowState | SpanState, k: Tensor, v: Tensor, at: Tensor, now: Tensor) -> None:
+    """The new token k, v (B, Hk, 1, D) becomes the next sink of the rows that lack one and have it `now` (B, 1)."""
+    sinks = state.sink_at.shape[1]
+    if sinks:
+        missing = state.sink_at < 0
+        first = missing & (missing.long().cumsum(1) == 1) & now
+        state.sink_at.copy_(torch.where(first, at, state.sink_at))
+        for x, new in ((state.k, k), (state.v, v)):
+            x[:, :, -sinks:] = torch.where(first[:, None, :, None], new, x[:, :, -sinks:])
 
 
 def prefill_cost(spec: Window, shape: Shape, length: int) -> Cost:

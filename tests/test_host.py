@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 from models import DECODERS, tiny
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 
 from attnconvert.convert.evaluation import cache_bytes, costs
 from attnconvert.convert.hosts import models as host
@@ -124,15 +124,11 @@ def test_right_padding_does_not_reach_real_tokens(converted):
 def test_what_cannot_be_done_is_refused_with_its_reason(converted):
     model, _ = converted
     start = ids_of()[:1, :20]
-    with pytest.raises(ValueError, match=r"assisted|stateful"):
-        model.generate(start, prompt_lookup_num_tokens=3, **GREEDY)
-    with pytest.raises(Unsupported, match="static cache"):
-        model(start, past_key_values=StaticCache(config=model.config, max_cache_len=64))
     with pytest.raises(Unsupported, match="padding"):
         model(start, attention_mask=torch.ones(1, 1, 20, 20, dtype=torch.bool))
     cache = model(start, use_cache=True).past_key_values
-    with pytest.raises(Unsupported, match="take tokens back"):
-        cache.crop(10)
+    with pytest.raises(Unsupported, match=r"10 tokens are to be taken back from the cache, 0 can be"):
+        cache.crop(-10)
 
 
 def test_a_compiled_model_gives_the_same_logits_and_gradients():
@@ -147,14 +143,6 @@ def test_a_compiled_model_gives_the_same_logits_and_gradients():
     torch.testing.assert_close(found[1], found[0])
     with pytest.raises(Exception, match="pass an attention_mask"):
         compiled(ids, use_cache=False)
-
-
-def test_packed_sequences_are_refused():
-    model = tiny("llama")
-    convert(model, mixed(find_sites(model)))
-    positions = torch.cat([torch.arange(12), torch.arange(8)])[None]
-    with pytest.raises(Unsupported, match="packed"):
-        model(ids_of()[:1, :20], position_ids=positions, use_cache=False)
 
 
 @pytest.mark.parametrize("length", [5, 60])

@@ -34,7 +34,6 @@ REFUSED: dict[str, str] = {
     "position_bias": "a learned number for each pair of positions is added to its logits (T5)",
     "head_mask": "heads are switched off from outside",
     "cache": "keys and values are kept in pages (continuous batching)",
-    "cu_seq_lens_q": "several sequences are packed into one row",
     "encoder_hidden_states": "it reads another sequence than its own",
 }
 # Methods of models that take keys and values out of the cache of what was generated, of which there are none

@@ -150,10 +150,9 @@ class SiteOperators(nn.Module):
         uses = [operators.Use(Full(), tuple(range(self.site.kv_heads)))]
         if student:
             uses = [operators.Use(spec, groups, self.learned(spec)) for spec, groups in self.parts]
-        states = layer.begin(self, len(uses), q.shape[2]) if layer is not None else [None] * len(uses)
-        o, states = operators.attend_all(uses, q, k, v, call, states)
-        if layer is not None:
-            layer.states = states
+        if layer is None:
+            return operators.attend_all(uses, q, k, v, call, [None] * len(uses))[0]
+        o: Tensor = layer.attend(self, uses, q, k, v, call)
         return o
 
 

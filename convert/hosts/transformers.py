@@ -4,27 +4,29 @@ Attention is intercepted where every architecture hands it over: transformers' A
 norms and rotary embedding. A mask function keeps the 2-D padding mask, and a hook on each site swaps its cache layer
 for one that holds the states of our operators. No attention module is rebuilt, so each keeps its own details.
 
-An exported checkpoint carries this file, `architectures`, `sites` and `kernels`; it must import nothing else of
-attnconvert.
+An exported checkpoint carries this file, `architectures`, `caches`, `packing`, `sites` and `kernels`; it must import
+nothing else of attnconvert.
 """
 
 from __future__ import annotations
 
 import shutil
+import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache, StaticLayer
+from transformers import masking_utils as masks
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 
-from ...kernels.call import Call, map_state, state_bytes
+from ...kernels.call import Call
 from ...kernels.spec import Spec
+from . import packing
 from .architectures import (
     REFUSED,
     by_itself,
@@ -35,6 +37,7 @@ from .architectures import (
     unbind,
     use_attention,
 )
+from .caches import own_layer
 from .sites import NAME, Conversion, Site, SiteOperators, Unsupported, read_plan_block, submodule
 
 
@@ -54,100 +57,35 @@ def answer(
     for name, why in REFUSED.items():
         if others.get(name) is not None:
             raise Unsupported(f"{site.site.name} gets {name}: {why}, which no operator here knows")
-    seen = site.layer.seen if site.layer is not None else 0
-    expected = (query.shape[0], seen + query.shape[2])
-    if attention_mask is not None and attention_mask.shape != expected:
-        raise Unsupported(
-            f"{site.site.name}: the attention mask has shape {tuple(attention_mask.shape)}; this takes "
-            f"a padding mask of (batch, tokens so far) = {expected}"
-        )
+    seen, at = (0, None) if site.layer is None else site.layer.where(query.shape[2])
+    segments = packing.segments(site, query, attention_mask, others)
+    if attention_mask is not None and attention_mask.dim() != 3:
+        _check_padding(site, attention_mask, (query.shape[0], seen + query.shape[2]))
     if query.dtype != value.dtype:  # autocast leaves rotated queries and keys in fp32
         query, key = query.to(value.dtype), key.to(value.dtype)
     call = Call(
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         seen=seen,
-        valid=attention_mask,
+        valid=None if attention_mask is None or attention_mask.dim() == 3 else attention_mask,
         softcap=softcap,
         sink_logits=s_aux,
         limit=sliding_window,
         keep=site.layer is not None,
         causal=site.site.causal,
+        segments=segments,
+        at=at,
     )
     o: Tensor = site(query, key, value, call)
     return o.transpose(1, 2)
 
 
-class OperatorLayer(CacheLayerMixin):
-    """The cache of one site: the state of each operator in it instead of all keys and values."""
-
-    is_sliding = False
-    is_croppable = False
-    supports_early_init = False
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.is_initialized = True
-        self.seen = 0
-        self.owner: tuple[object, ...] | None = None  # site, operators, and whether the student's
-        self.expected = False
-        self.states: list[Any] = []
-
-    def begin(self, site: SiteOperators, parts: int, new: int) -> list[Any]:
-        """The states before `new` tokens; counts them."""
-        owner = (site.site.name, site.specs, site.active)
-        if self.owner is None:
-            self.owner, self.states = owner, [None] * parts
-        elif self.owner != owner:
-            whose = "the teacher and the student" if self.owner[:2] == owner[:2] else "two models or plans"
-            raise Unsupported(f"{site.site.name}: a cache cannot be shared by {whose}: start a new one")
-        self.seen += new
-        return self.states
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Hands back the new keys and values only; the operators keep what they need."""
-        if not self.expected:
-            raise Unsupported("this cache is a converted model's: the model it was given to has no operators for it")
-        self.expected = False
-        return key_states, value_states
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to allocate before the first call."""
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + int(query_length), 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def state_bytes(self) -> int:
-        """Bytes held, measured on the tensors themselves."""
-        return sum(state_bytes(state) for state in self.states if state is not None)
-
-    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.states = [None if state is None else map_state(state, change) for state in self.states]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._change(lambda x: x.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._change(lambda x: x[indices])
-
-    def offload(self) -> None:
-        raise Unsupported("a converted model's cache cannot be offloaded: it is small by design; turn offloading off")
-
-    def reset(self) -> None:
-        self.seen, self.owner, self.states = 0, None, []
-
-    def crop(self, *args: Any) -> None:
+def _check_padding(site: SiteOperators, mask: Tensor, expected: tuple[int, int]) -> None:
+    """A padding mask has a column for every token so far; that of a static cache may have more, for those to come."""
+    longer = site.layer is not None and site.layer.is_compileable and mask.dim() == 2 and mask.shape[1] > expected[1]
+    if mask.shape != expected and not (longer and mask.shape[0] == expected[0]):
         raise Unsupported(
-            "a converted model cannot take tokens back from its cache (crop): windows and states have forgotten what "
-            "was before. Assisted decoding and prompt lookup need that; generate without them"
+            f"{site.site.name}: the attention mask has shape {tuple(mask.shape)}; this takes "
+            f"a padding mask of (batch, tokens so far) = {expected}"
         )
 
 
@@ -172,19 +110,31 @@ def attention_function(
 def mask_function(
     batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **others: Any
 ) -> Tensor | None:
-    """Keeps the padding mask (B, tokens so far) as it is, or None where every token is real."""
+    """Keeps the padding mask (B, tokens so far) as it is, or None where every token is real.
+
+    Packed documents come out as (B, 1, S), their numbers by token. A step with a static cache gets a mask as long as
+    the cache, whose shape is the same in every step.
+    """
     compiling = torch.compiler.is_compiling()
-    plain = others.get("mask_function") in (causal_mask_function, bidirectional_mask_function)
+    given = others.get("mask_function")
+    plain = given in (masks.causal_mask_function, masks.bidirectional_mask_function)
     both_ways = "allow_is_bidirectional_skip" in others
-    skip = "allow_is_bidirectional_skip" if both_ways else "allow_is_causal_skip"
-    if others.get(skip) is False and not plain:  # so transformers says that it is more than order, window and padding
-        advice = "pad the batch instead"
-        if compiling and attention_mask is None:
-            advice = "pass an attention_mask, without one transformers cannot rule them out while it compiles"
-        raise Unsupported(f"packed sequences and custom mask functions are not supported: {advice}")
-    if attention_mask is None or compiling:  # a compiler sees shapes, not whether all are real
-        return attention_mask
-    return None if bool(attention_mask.all()) else attention_mask
+    skip = others.get("allow_is_bidirectional_skip" if both_ways else "allow_is_causal_skip")
+    step = q_length == 1 and kv_length > 1  # of a static cache, where it says so for the sake of the compiler alone
+    if skip is False and not plain and not (step and compiling):  # more than order, window and padding, it says
+        if compiling:
+            advice = "pad the batch instead"
+            if attention_mask is None:
+                advice = "pass an attention_mask, without one transformers cannot rule them out while it compiles"
+            raise Unsupported(f"packed sequences and custom mask functions are not compiled: {advice}")
+        documents = packing.documents(given)
+        if documents is not None:
+            return documents
+    if attention_mask is None or (not compiling and bool(attention_mask.all())):  # a compiler sees shapes only
+        return None
+    if step and skip is False and attention_mask.shape[1] < kv_length:
+        return nn.functional.pad(attention_mask, (0, kv_length - attention_mask.shape[1]))
+    return attention_mask
 
 
 def _swap_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -192,30 +142,27 @@ def _swap_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     site: Any = module._modules[NAME]
     cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
     site.layer = None
-    if cache is None:
-        return
-    if getattr(cache, "offloading", False):
-        raise Unsupported("a converted model's cache cannot be offloaded: it is small by design; turn offloading off")
-    if isinstance(cache, EncoderDecoderCache):
-        cache = cache.self_attention_cache
-    index = site.site.layer if site.site.slot is None else site.site.slot
-    while len(cache.layers) <= index:
-        cache.layers.append(DynamicLayer())
-    layer = cache.layers[index]
-    if not isinstance(layer, OperatorLayer):
-        if isinstance(layer, StaticLayer):
-            raise Unsupported(
-                "a converted model has no static cache: its states are small and fixed; use the default cache"
-            )
-        if layer.get_seq_length() > 0:
-            raise Unsupported("the cache was filled by another model: start a new one")
-        layer = cache.layers[index] = OperatorLayer()
-    layer.expected = True
-    site.layer = layer
+    if cache is not None:
+        site.layer = own_layer(site, cache)
+        site.layer.expected = True
+
+
+def _prepare_cache_for_generation(
+    model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> None:
+    """As the model's own; the cache then has our layers before generate asks it to record what it may take back."""
+    type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+    cache = model_kwargs.get("past_key_values")
+    if isinstance(cache, Cache):
+        for site in model.modules():
+            if isinstance(site, SiteOperators) and site.site.causal:
+                own_layer(site, cache)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
 
 
 AttentionInterface.register(NAME, attention_function)
-AttentionMaskInterface.register(NAME, mask_function)
+masks.AttentionMaskInterface.register(NAME, mask_function)
 
 
 def convert(model: PreTrainedModel, plan: Mapping[Site, Sequence[Spec]]) -> Conversion:
@@ -231,17 +178,18 @@ def _install(model: PreTrainedModel, sites: Mapping[str, SiteOperators]) -> dict
     for name in sites:
         if NAME in submodule(model, name)._modules:
             raise ValueError(f"{name} is converted already: remove the first conversion")
-    kept = {"attention": model.config._attn_implementation, "stateful": getattr(model, "_is_stateful", False)}
+    kept = {"attention": model.config._attn_implementation}
     hooks = []
     for name, mine in sites.items():
         module = submodule(model, name)
         mine.respond = answer
         module.add_module(NAME, mine)
         hooks.append(module.register_forward_pre_hook(_swap_cache_layer, with_kwargs=True))
+    if model.can_generate():
+        model.__dict__["_prepare_cache_for_generation"] = types.MethodType(_prepare_cache_for_generation, model)
     hooks += mark_cross_attention(model, but=sites)
     for module in by_itself(model):
         rebind(module, attention_function)
-    model._is_stateful = True  # generate then refuses to roll back before it starts
     use_attention(model, NAME)
     return {**kept, "hooks": hooks, "methods": keep_cache_out(model)}
 
@@ -251,11 +199,11 @@ def _uninstall(model: PreTrainedModel, sites: Mapping[str, SiteOperators], kept:
         hook.remove()
     for name in sites:
         del submodule(model, name)._modules[NAME]
+    model.__dict__.pop("_prepare_cache_for_generation", None)
     for module in by_itself(model):
         unbind(module)
     for name in kept["methods"]:
         delattr(model, name)
-    model._is_stateful = kept["stateful"]
     use_attention(model, kept["attention"])
 
 
