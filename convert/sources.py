@@ -27,6 +27,7 @@ from .integrity import AGAIN, check_weights
 from .packages import cache_folder, offline, package_files, verify
 from .progress import Track, silent
 from .recipe_inputs import ModelSource, PackageFile
+from .vocabulary import require_words, word_tokenizer
 
 __all__ = [
     "Document",
@@ -273,8 +274,12 @@ def load_model(files: ModelFiles, source: ModelSource) -> tuple[Any, Any]:
             **unpack,
         )
     _check_complete(info, _where(files))
-    with _explained(files, "tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, **options)
+    if source.words is not None:
+        tokenizer = word_tokenizer(files.folder, source.words)
+    else:
+        with _explained(files, "tokenizer"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, **options)
+    require_words(tokenizer, model, files.folder)
     _forget_quantization(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES= keeps it off the GPU
     log.info("%s is on %s", files.name, device)
