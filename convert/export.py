@@ -71,7 +71,7 @@ def export(
         loader(base.__name__): f"modeling_{NAME}.{converted}",
     }
     write_json(folder / "config.json", config)
-    _keep_pooling(Path(str(student.config._name_or_path)), folder)
+    keep_pooling(Path(str(student.config._name_or_path)), folder)
     names = {
         "base": base.__name__,
         "config": base.config_class.__name__,
@@ -83,7 +83,7 @@ def export(
     finish(folder, card)
 
 
-def _keep_pooling(source: Path, folder: Path) -> None:
+def keep_pooling(source: Path, folder: Path) -> None:
     """What makes a folder a sentence-transformers model: without it an encoder would lose how it pools its tokens."""
     own = [source / f"{name}.json" for name in ("modules", "sentence_bert_config", "config_sentence_transformers")]
     for file in [*own, *sorted(source.glob("[0-9]_*/*"))]:
