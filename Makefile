@@ -16,6 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 READY := $(VENV)/.ready
+NEIGHBOURS := $(VENV)/.neighbours
 # mypy finds a package by the name of its folder, and a clone may be called anything
 SOURCES := $(VENV)/sources
 
@@ -60,6 +61,9 @@ lengths: $(READY)  ## measure what a plan loses with each operator at longer tex
 images: $(READY)  ## measure what image models keep and gain (docs/images.md); over an hour
 	$(BIN)/python docs/benchmarks/images.py $(ARGS)
 
+ecosystem: $(NEIGHBOURS)  ## run other people's libraries on converted checkpoints (docs/ecosystem.md); ten minutes
+	@$(BIN)/python docs/benchmarks/ecosystem.py $(ARGS)
+
 # Where PYTHON is named it needs no more than torch with Triton: nothing is set up, the package comes from here.
 gpu:  ## check and measure the kernels on the GPU, in under 10 minutes
 ifneq ($(origin PYTHON),file)
@@ -85,4 +89,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@$(PIP) install -c constraints.txt -e '.[dev]'
 	@mkdir -p $(SOURCES) && ln -sfn ../.. $(SOURCES)/attnconvert
+	@touch $@
+
+$(NEIGHBOURS): $(READY)
+	@$(PIP) install -c constraints.txt -e '.[dev,ecosystem]'
 	@touch $@

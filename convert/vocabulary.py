@@ -12,7 +12,13 @@ from typing import Any
 from .errors import AssetMissing, UsageError, one_line
 
 VOCABULARY = "vocab.txt"
-SPECIAL = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
+SPECIAL = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
 
 
 def word_tokenizer(folder: Path, pattern: str) -> Any:
@@ -55,6 +61,5 @@ def require_words(tokenizer: Any, model: Any, where: Path) -> None:
     size = model.config.get_text_config().vocab_size
     if len(tokenizer) * 10 < size:
         hint = f"; cut texts into the words of its {VOCABULARY}: model.words" if (where / VOCABULARY).is_file() else ""
-        raise AssetMissing(
-            f"the tokenizer in {where} knows {len(tokenizer)} tokens of the model's {size}, so it is not the model's{hint}"
-        )
+        told = f"the tokenizer in {where} knows {len(tokenizer)} tokens of the model's {size}, so it is of another"
+        raise AssetMissing(told + hint)

@@ -1,9 +1,9 @@
 """Run other people's libraries on converted checkpoints: `make ecosystem`, or ARGS="peft trl" for some of them.
 
 Two checkpoints are made first, in minutes, from SmolLM2-135M-Instruct and all-MiniLM-L6-v2 (runs/ecosystem; what is
-there already is taken). Each part is a process of its own. Writes ecosystem.json beside this file, with the versions, the
+there already is taken). Each part is a process of its own. Writes ecosystem.json beside this file, with versions, the
 machine and the date, and docs/ecosystem.md made from it; ARGS="page" makes the page alone. `vllm`, which is not among
-the parts that run by themselves, reads the rules of an unpacked wheel: ARGS="vllm --wheel FILE".
+the parts that run by themselves, reads the rules in a wheel: ARGS="vllm --wheel FILE".
 """
 
 from __future__ import annotations

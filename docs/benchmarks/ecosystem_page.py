@@ -24,8 +24,8 @@ VLLM = """## vLLM
 **Not run.** vLLM {version} asks for {needs} and its wheel holds kernels for CUDA alone; on a machine without a GPU it
 would have to be built from source. A checkpoint with its own code (format `remote`) has an architecture that vLLM's
 registry does not list, and its attention needs a cache of its own, which vLLM has no place for: **do not serve it by
-vLLM's backend for transformers' classes**, nothing here shows what comes out. There is no plug-in, because none could be
-run. A `stock` export has no code of its own; what vLLM's source does with the windows of its layers:
+vLLM's backend for transformers' classes**, nothing here shows what comes out. There is no plug-in, because none could
+be run. A `stock` export has no code of its own; what vLLM's source does with the windows of its layers:
 
 | architecture | module of vLLM | windows of single layers |
 |---|---|---|
@@ -89,7 +89,7 @@ def _sft(part: Mapping[str, Any]) -> str:
 
 def _sentences(part: Mapping[str, Any]) -> str:
     return (
-        f"{part['sentences']} sentences of different lengths in one batch differ by {part['error']:.0e} from each alone; "
+        f"{part['sentences']} sentences of different lengths in a batch differ by {part['error']:.0e} from each alone; "
         f"cosine to the teacher {part['cosine_to_teacher']:.4f} (least {part['cosine_least']:.4f})"
     )
 
@@ -127,9 +127,9 @@ def _lm_eval(part: Mapping[str, Any]) -> list[str]:
     lines = [
         "## lm-evaluation-harness",
         "",
-        "`lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --batch_size 4`, on a dozen documents a",
-        "task. `lambada_openai` and `arc_easy` are the harness's own definitions on documents of ours, since no data set",
-        "can be fetched here: their figures compare teacher and student, and nothing else.",
+        "`lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --batch_size 4`, on a dozen",
+        "documents a task. `lambada_openai` and `arc_easy` are the harness's own definitions on documents of ours, as no",
+        "data set can be fetched here: their figures compare teacher and student, and nothing else.",
         "",
         "| task | metric | teacher | converted |",
         "|---|---|---:|---:|",

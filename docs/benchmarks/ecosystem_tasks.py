@@ -17,8 +17,8 @@ FILLER = (
     "roof of the station. Rain had been forecast, but the sky stayed clear all day. Somebody played the accordion. "
 )
 FACTS = {
-    "the pass key": "71432", "the locker": "58201", "the red gate": "90417", "room nine": "33860", "the archive": "62795",
-    "the boat house": "14078", "the safe": "87356", "the north tower": "20649",
+    "the pass key": "71432", "the locker": "58201", "the red gate": "90417", "room nine": "33860",
+    "the archive": "62795", "the boat house": "14078", "the safe": "87356", "the north tower": "20649",
 }  # fmt: skip
 LAMBADA = (
     "She had lost her keys again. She searched her bag, her coat and the drawer, and could not find her keys",
