@@ -19,7 +19,7 @@ STABLE = (0.01, 0.03)  # SSIM's K1 and K2
 
 def velocity_error(student: Tensor, teacher: Tensor) -> float:
     """‖v̂ − v‖² / ‖v‖² over all of the predictions: 0 where they agree, 1 where the student says nothing."""
-    return float(velocity_errors(student.flatten()[None], teacher.flatten()[None])[0])
+    return velocity_errors(student.flatten()[None], teacher.flatten()[None])[0].item()
 
 
 def velocity_errors(student: Tensor, teacher: Tensor) -> Tensor:

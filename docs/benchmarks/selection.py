@@ -45,6 +45,7 @@ RESULTS = HERE / "selection.json"
 RECIPES = {"SmolLM2": "selection-study.yaml", "MiniLM": "selection-study-minilm.yaml"}
 SCHEMA = 2
 DOMAINS = ("speeches", "code")
+TEN = 10  # times as many steps of transfer, to tell what brief ones are worth
 BUDGETS = (0.6, 0.75)  # share of the KV groups that is converted
 TEMPLATES = ("account", "train", "shelf")  # one per seed; none of them is profiled on
 CODE = {"package": {"name": "networkx", "version": "3.6.1", "files": ["networkx/algorithms/**/*.py"]}}
@@ -104,7 +105,8 @@ def study(model: str, given: argparse.Namespace, track: Track) -> Iterator[dict[
         if first is None:
             first = work
             if not given.no_learning:
-                statistics += correlations(learning(model, given.out, first, track), 0)
+                brief = learning(model, given.out, first, track)
+                statistics += correlations(brief, 0) + foretold(model, given.out, first, brief, track)
         profiled = work.recipe.profile.needles
         data = {"cases": given.cases, "length": profiled.length, "templates": TEMPLATES[: seed + 1]}
         yield {
@@ -144,6 +146,26 @@ def learning(model: str, out: Path, other: Work, track: Track) -> Profile:
     work.__dict__["_loaded"] = other._loaded
     pipeline.run_stages(work, "profile")
     return pipeline.measured_profile(work.run)
+
+
+def foretold(model: str, out: Path, other: Work, brief: Profile, track: Track) -> list[dict[str, Any]]:
+    """Spearman of the damage after brief attention transfer with that after ten times as much, on held-out text."""
+    name, steps = "linear-hedgehog", TEN * brief.data["transfer_steps"]
+    changes = ["profile.candidates=[{operator: linear}]", "profile.gates=[]", "profile.gradients=false"]
+    changes += [f"profile.transfer_steps={steps}", "profile.needles.template=shelf", "profile.seed=1000"]
+    changes += [] if is_encoder(other.model) else ["profile.needles.cases=2"]
+    recipe = load_recipe(HERE / RECIPES[model], changes)
+    texts = recipe.text.model_copy(update={"calibration": recipe.text.heldout})
+    work = Work(Run.create(recipe.model_copy(update={"text": texts}), out / model / "longer"), track)
+    work.__dict__["_loaded"] = other._loaded
+    pipeline.run_stages(work, "profile")
+    longer = pipeline.measured_profile(work.run)
+    early, *late = (
+        [x for row in profile.damage[name][key] for x in row]
+        for profile, key in ((brief, "kl"), (longer, "kl"), (longer, "needle"))
+    )
+    told = {key: rank_correlation(early, values) for key, values in zip(("kl", "needle"), late, strict=True)}
+    return [{"statistic": f"damage after {brief.data['transfer_steps']} steps", "candidate": name, "seed": 0, **told}]
 
 
 def plan_of(
