@@ -42,7 +42,6 @@ def main() -> None:
         Path(given.one).write_text(json.dumps(parts.run(given.names[0], folders(given.names[0]))))
         return
     wanted = given.names or list(parts.PARTS)
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"parts": {}}
     failed = []
     if set(wanted) & set(parts.PARTS):
         make_checkpoints()
@@ -54,12 +53,18 @@ def main() -> None:
             print(f"ecosystem: {name} failed: {error}", file=sys.stderr)
             failed.append(name)
             continue
+        known = measured_before()
         known["parts"][name] = {"date": datetime.now(UTC).date().isoformat(), **found}
-        known |= stamp()
-        RESULTS.write_text(json.dumps(known, indent=1) + "\n")
-    PAGE.write_text(page(known))
+        RESULTS.write_text(json.dumps(known | stamp(), indent=1) + "\n")
+    PAGE.write_text(page(measured_before()))
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}; what was measured before stands in {RESULTS}")
+
+
+def measured_before() -> dict[str, Any]:
+    """ecosystem.json, or what it is before anything was measured."""
+    known: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"parts": {}}
+    return known
 
 
 def folders(name: str) -> parts.Folders:
