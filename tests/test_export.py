@@ -95,14 +95,16 @@ def test_what_is_saved_again_loads_as_it_did(tmp_path):
 
 
 def test_what_remote_code_saves_again_loads_elsewhere(tmp_path):
-    """As a script does that tunes a checkpoint where attnconvert is not installed; each process has a cache of its own."""
+    """As a script does that tunes a checkpoint where attnconvert is not installed, each time with an empty cache."""
     model, _ = exported("llama", tmp_path / "one")
     for n, (source, target) in enumerate((("one", "two"), ("two", "three"))):
         code = "import sys; sys.modules['attnconvert'] = None\nfrom transformers import AutoModelForCausalLM\n"
         code += f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / source)!r}, trust_remote_code=True)\n"
         code += f"model.save_pretrained({str(tmp_path / target)!r})"
         environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / f"modules-{n}"), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+        )
         assert done.returncode == 0, done.stderr
     maps = [json.loads((tmp_path / name / "config.json").read_text())["auto_map"] for name in ("one", "two", "three")]
     assert maps[0] == maps[1] == maps[2]

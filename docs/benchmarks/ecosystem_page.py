@@ -32,9 +32,9 @@ be run. A `stock` export has no code of its own; what vLLM's source does with th
 """
 FATES = {
     "per layer": "read from `layer_types`",
-    "stops": "refused with an error where layers are of two types",
+    "stops": "an error where layers are of two types and `max_window_layers` is not their number",
     "every second layer": "**every second layer, whatever `layer_types` says**",
-    "one window": "**one window for all layers; `layer_types` is not read**",
+    "one window": "one for all layers; **where layers are of two types, all of them see everything**",
 }
 
 

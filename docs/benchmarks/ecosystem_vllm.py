@@ -1,8 +1,9 @@
 """What vLLM's own source says of the architectures that a stock export may have, read from a wheel without running it.
 
 `per layer`: its code for the class reads layer_types and gives each layer its window; `stops`: layers of two types end
-in an error; `every second layer`: whatever layer_types says; `one window`: it knows one for all layers. A class that
-the registry does not list goes to the backend for transformers' own classes.
+in an error; `every second layer`: whatever layer_types says; `one window`: it leaves the window to the settings of the
+cache, which have one where all layers are sliding and none where they are of two types (engine/arg_utils.py). A class
+that the registry does not list goes to the backend for transformers' own classes.
 """
 
 from __future__ import annotations
