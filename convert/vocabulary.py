@@ -58,7 +58,7 @@ def require_words(tokenizer: Any, model: Any, where: Path) -> None:
     Raises:
         AssetMissing: it knows less than a tenth of them.
     """
-    size = model.config.get_text_config().vocab_size
+    size = getattr(model.config.get_text_config(), "vocab_size", 0)
     if len(tokenizer) * 10 < size:
         hint = f"; cut texts into the words of its {VOCABULARY}: model.words" if (where / VOCABULARY).is_file() else ""
         told = f"the tokenizer in {where} knows {len(tokenizer)} tokens of the model's {size}, so it is of another"

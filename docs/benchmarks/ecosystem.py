@@ -90,7 +90,7 @@ def make_checkpoints() -> None:
 
 def save_teacher(recipe: Path, folder: Path) -> None:
     """The model of a recipe, as it came, in a folder; of a sentence encoder also how it pools."""
-    from attnconvert.convert.export import keep_pooling
+    from attnconvert.convert.export import keep_beside
     from attnconvert.convert.recipe import load_recipe
     from attnconvert.convert.sources import fetch_model, load_model
 
@@ -99,7 +99,7 @@ def save_teacher(recipe: Path, folder: Path) -> None:
     model, tokenizer = load_model(files, source)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    keep_pooling(files.folder, folder)
+    keep_beside(files.folder, folder)
 
 
 def measured(name: str) -> dict[str, Any]:
