@@ -16,6 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 READY := $(VENV)/.ready
+NEIGHBOURS := $(VENV)/.neighbours
 SITE := $(VENV)/.docs
 # mypy finds a package by the name of its folder, and a clone may be called anything
 SOURCES := $(VENV)/sources
@@ -61,6 +62,9 @@ lengths: $(READY)  ## measure what a plan loses with each operator at longer tex
 images: $(READY)  ## measure what image models keep and gain (docs/images.md); over an hour
 	$(BIN)/python docs/benchmarks/images.py $(ARGS)
 
+ecosystem: $(NEIGHBOURS)  ## run other people's libraries on converted checkpoints (docs/ecosystem.md); ten minutes
+	@$(BIN)/python docs/benchmarks/ecosystem.py $(ARGS)
+
 docs: $(SITE)  ## build the site of the documentation into build/site
 	$(BIN)/python docs/benchmarks/gallery.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict -f docs/site/mkdocs.yml
@@ -91,6 +95,10 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@$(PIP) install -c constraints.txt -e '.[dev]'
 	@mkdir -p $(SOURCES) && ln -sfn ../.. $(SOURCES)/attnconvert
+	@touch $@
+
+$(NEIGHBOURS): $(READY)
+	@$(PIP) install -c constraints.txt -e '.[dev,ecosystem]'
 	@touch $@
 
 # What builds the site is no part of the setup: few need it.

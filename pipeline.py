@@ -124,7 +124,8 @@ def sample_stage(work: Work) -> None:
         settings = work.of_text.sample
         if is_encoder(work.model):
             texts = work.sequences(work.calibration, settings.sequences, settings.length, settings.seed)
-            keep_texts(texts, settings, folder)
+            covered = work.masked(texts, settings.seed)
+            keep_texts(texts if covered is None else covered.shown, settings, folder)
             return
         starts = prompts(work.tokenizer, work.calibration, settings)
         sample(work.model, work.sites, starts, settings, folder, work.track)
@@ -187,8 +188,10 @@ def _evaluate(work: Work, arms: Sequence[str], load: Callable[[str], Any], kept:
         for length in settings.lengths:
             ids = work.sequences(work.heldout, settings.sequences, length, settings.seed)
             judge = evaluation.encoding if isinstance(task, Passages) else evaluation.quality
-            title = f"{arm}: quality at {length}"
-            quality[str(length)] = judge(work.model, student, ids, settings.batch, work.track, title)
+            how = settings.batch, work.track, f"{arm}: quality at {length}"
+            quality[str(length)] = judge(work.model, student, ids, *how)
+            if (texts := work.masked(ids, settings.seed)) is not None:
+                quality[str(length)] |= evaluation.filling(work.model, student, texts, *how)
         return {"quality": quality, "retrieval": retrieved(student, f"{arm}: retrieval")}
 
     plans = work.plans()
@@ -205,6 +208,8 @@ def _evaluate(work: Work, arms: Sequence[str], load: Callable[[str], Any], kept:
         for length, quality in entry["quality"].items():
             if "teacher_perplexity" in quality:
                 teacher["quality"][length] = {"perplexity": quality["teacher_perplexity"]}
+            if "teacher_masked" in quality:
+                teacher["quality"][length] = {"masked": quality["teacher_masked"]}
         result[arm] = entry | {
             "retrieval_drop": teacher["retrieval"]["exact"] - entry["retrieval"]["exact"],
             "kv_bytes": {str(n): costs[n]["kv_bytes"] for n in cached},

@@ -188,6 +188,11 @@ def _quality(arms: Sequence[str], found: Mapping[str, Any]) -> Iterator[list[str
         cells = [dig(found[arm], "quality", length, default={}) for arm in arms]
         yield [f"KL @ {tokens(length)}", *(number(cell.get("kl")) for cell in cells)]
         yield [f"cosine @ {tokens(length)}", *(number(cell.get("cosine"), 4) for cell in cells)]
+        yield [f"similarities' ranks @ {tokens(length)}", *(number(cell.get("rank"), 4) for cell in cells)]
+        yield [
+            f"masked tokens @ {tokens(length)}",
+            *(beside(percent(cell.get("masked")), cell.get("masked_kept")) for cell in cells),
+        ]
         yield [
             f"perplexity @ {tokens(length)}",
             *(beside(number(cell.get("perplexity"), 4), cell.get("perplexity_ratio")) for cell in cells),

@@ -28,6 +28,7 @@ from .passages import Passages
 from .text import Needles, kl
 
 if TYPE_CHECKING:
+    from .masking import Masked
     from .progress import Track
     from .recipe import Gates
 
@@ -62,26 +63,59 @@ def quality(teacher: Any, student: Any, ids: Tensor, batch: int, track: Track, t
 def encoding(teacher: Any, student: Any, ids: Tensor, batch: int, track: Track, title: str) -> dict[str, float]:
     """How near an encoder's answers are to the teacher's on ids (n, S).
 
-    `cosine` is the mean similarity of sentence embeddings, `cosine_least` the lowest, `error` the squared error of the
-    last hidden states over their square; with a head `kl`, of the tokens, in nats per token.
+    `cosine` is the mean similarity of sentence embeddings, `cosine_least` the lowest, `rank` the rank correlation of
+    the similarities between any two of the texts, `error` the squared error of the last hidden states over their
+    square; with a head `kl`, of the tokens, in nats per token.
     """
-    cosines: list[float] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     total = {"error": 0.0, "square": 0.0, "kl": 0.0}
     for rows in track(ids.split(batch), title):
         rows = rows.to(teacher.device)
         want, got = (models.trunk(model)(rows).last_hidden_state.float() for model in (teacher, student))
-        cosines += F.cosine_similarity(models.pooled(teacher, want), models.pooled(teacher, got)).tolist()
+        pairs.append((models.pooled(teacher, want), models.pooled(teacher, got)))
         total["error"] += (got - want).square().sum().item()
         total["square"] += want.square().sum().item()
         if models.has_head(teacher):
             p, q = (model(rows).logits.float().log_softmax(-1) for model in (teacher, student))
             total["kl"] += kl(p, q).sum().item()
+    known, new = (torch.cat(side) for side in zip(*pairs, strict=True))  # (n, C)
+    cosines = F.cosine_similarity(known, new)
     found = {
-        "cosine": statistics.fmean(cosines),
-        "cosine_least": min(cosines),
+        "cosine": cosines.mean().item(),
+        "cosine_least": cosines.min().item(),
         "error": total["error"] / total["square"],
     }
+    if len(ids) > 2:
+        found["rank"] = _rank_correlation(known, new)
     return found | ({"kl": total["kl"] / ids.numel()} if models.has_head(teacher) else {})
+
+
+def _rank_correlation(known: Tensor, new: Tensor) -> float:
+    """Spearman's, of the cosine similarities between any two rows (n, C): which texts are near, whatever the scale."""
+    from scipy.stats import spearmanr
+
+    first, second = torch.triu_indices(len(known), len(known), 1)
+    sides = [F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).T for x in (known, new)]
+    return float(spearmanr(*(side.cpu()[first, second].numpy() for side in sides)).statistic)
+
+
+@torch.no_grad()
+def filling(teacher: Any, student: Any, texts: Masked, batch: int, track: Track, title: str) -> dict[str, float]:
+    """How well an encoder with a head fills in what is masked, beside the teacher.
+
+    `masked` is the share of masks whose likeliest token is the right one, `teacher_masked` the teacher's, `masked_kept`
+    the one over the other, and `masked_same` the share that both fill alike.
+    """
+    answers: dict[str, list[Tensor]] = {"student": [], "teacher": []}
+    for rows, hidden in zip(track(texts.shown.split(batch), title), texts.hidden.split(batch), strict=True):
+        for name, model in (("student", student), ("teacher", teacher)):
+            answers[name].append(model(rows.to(model.device)).logits.argmax(-1).cpu()[hidden])
+    right = texts.ids[texts.hidden]
+    student_says, teacher_says = (torch.cat(answers[name]) for name in ("student", "teacher"))
+    found, known = ((says == right).double().mean().item() for says in (student_says, teacher_says))
+    same = (student_says == teacher_says).double().mean().item()
+    kept = {"masked_kept": found / known} if known else {}
+    return {"masked": found, "teacher_masked": known, "masked_same": same, **kept}
 
 
 @torch.no_grad()
@@ -215,6 +249,8 @@ def check_gates(gates: Gates, evaluation: Mapping[str, Any]) -> list[dict[str, A
         most(f"perplexity_ratio@{length}", limit, student["quality"][str(length)].get("perplexity_ratio"))
     for length, limit in gates.cosine.items():
         least(f"cosine@{length}", limit, student["quality"][str(length)].get("cosine"))
+    for length, limit in gates.masked_kept.items():
+        least(f"masked_kept@{length}", limit, student["quality"][str(length)].get("masked_kept"))
     if gates.retrieval_drop is not None:
         most("retrieval_drop", gates.retrieval_drop, student["retrieval_drop"])
     for length, limit in gates.kv_ratio.items():

@@ -49,6 +49,11 @@ class ModelSource(Section):
         validate_default=True,
         description="number type of the weights in memory; auto: bfloat16 where this machine computes with it",
     )
+    words: str | None = Field(
+        default=None,
+        min_length=1,
+        description="for a model whose folder has vocab.txt and no tokenizer: the regular expression of its tokens",
+    )
     trust_remote_code: Flag = Field(default=False, description="run Python code that comes with the model")
 
     @field_validator("dtype")

@@ -285,6 +285,9 @@ class Gates(Section):
     cosine: AtLength = Field(
         default={}, description="least mean cosine similarity of an encoder's embeddings to the teacher's, by length"
     )
+    masked_kept: AtLength = Field(
+        default={}, description="least masked-token accuracy of an encoder over the teacher's, by length"
+    )
     retrieval_drop: Share | None = Field(
         default=None, description="largest loss of exact needle answers, as a share of cases"
     )
@@ -392,6 +395,7 @@ def _ungated(gates: Gates, evaluate: EvaluateSettings) -> Iterator[Conflict]:
         ("kl", gates.kl, evaluate.lengths, "evaluate.lengths"),
         ("perplexity_ratio", gates.perplexity_ratio, evaluate.lengths, "evaluate.lengths"),
         ("cosine", gates.cosine, evaluate.lengths, "evaluate.lengths"),
+        ("masked_kept", gates.masked_kept, evaluate.lengths, "evaluate.lengths"),
         ("prefill_speedup", gates.prefill_speedup, speed, "evaluate.speed.lengths"),
     )
     for name, bounds, measured, source in checks:

@@ -159,6 +159,9 @@ def _losses(evaluation: Mapping[str, Any], student: Mapping[str, Any]) -> list[s
         if "cosine" in found:
             least = f"the lowest {number(found.get('cosine_least'))}"
             tiles.append(tile("Cosine to the teacher", number(found["cosine"], 4), least, where))
+        if "masked" in found:
+            change = f"{percent(found.get('teacher_masked'))} → {percent(found['masked'])}"
+            tiles.append(tile("Masked tokens", ratio(found.get("masked_kept")), change, where))
         if "kl" in found:
             tiles.append(tile("KL to the teacher", number(found["kl"]), "nats per token", where))
         if "perplexity_ratio" in found:
@@ -192,7 +195,7 @@ def _gates(gates: list[Mapping[str, Any]], images: bool) -> str:
 
 def _gate_bound(gate: Mapping[str, Any]) -> str:
     what = gate["name"].partition("@")[0]
-    least = what in report_images.BOUNDS or any(word in what for word in ("speedup", "cosine"))
+    least = what in report_images.BOUNDS or any(word in what for word in ("speedup", "cosine", "masked"))
     return f"{'at least' if least else 'at most'} {gate['limit']:g}"
 
 
@@ -210,6 +213,7 @@ def _gate_name(name: str, images: bool = False) -> str:
         "kl": "KL to the teacher",
         "perplexity_ratio": "perplexity over the teacher's",
         "cosine": "cosine similarity to the teacher's embeddings",
+        "masked_kept": "masked tokens filled in, over the teacher's",
         "retrieval_drop": "drop of exact retrieval",
         "kv_ratio": "KV cache over the teacher's",
         "prefill_speedup": "prefill speed-up",

@@ -71,8 +71,19 @@ def _quality_rows(found: Mapping[str, Any]) -> list[list[str]]:
     for length in lengths:
         cells = {arm: dig(entry, "quality", length, default={}) for arm, entry in found.items()}
         rows.append([f"KL to the teacher, {tokens(length)} tokens", *(number(cells[arm].get("kl")) for arm in found)])
-        for field, words in (("cosine", "cosine to the teacher's"), ("cosine_least", "the lowest of them")):
+        for field, words in (
+            ("cosine", "cosine to the teacher's"),
+            ("cosine_least", "the lowest of them"),
+            ("rank", "rank correlation of similarities"),
+        ):
             rows.append([f"{words}, {tokens(length)} tokens", *(number(cells[arm].get(field), 4) for arm in found)])
+        row = [f"masked tokens filled in, {tokens(length)} tokens"]
+        for arm in found:
+            shown = percent(cells[arm].get("masked"))
+            if cells[arm].get("masked_kept") is not None:
+                shown += f"<small>{ratio(cells[arm]['masked_kept'])}</small>"
+            row.append(shown)
+        rows.append(row)
         row = [f"perplexity, {tokens(length)} tokens"]
         for arm in found:
             shown = number(cells[arm].get("perplexity"), 4)

@@ -27,6 +27,7 @@ from .integrity import AGAIN, check_weights
 from .packages import cache_folder, offline, package_files, verify
 from .progress import Track, silent
 from .recipe_inputs import ModelSource, PackageFile
+from .vocabulary import require_words, word_tokenizer
 
 __all__ = [
     "Document",
@@ -273,10 +274,7 @@ def load_model(files: ModelFiles, source: ModelSource) -> tuple[Any, Any]:
             **unpack,
         )
     _check_complete(info, _where(files))
-    with _explained(files, "tokenizer"):
-        tokenizer = (
-            None if not _reads_text(model) else transformers.AutoTokenizer.from_pretrained(files.folder, **options)
-        )
+    tokenizer = _tokenizer(files, source, model) if _reads_text(model) else None
     _forget_quantization(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES= keeps it off the GPU
     log.info("%s is on %s", files.name, device)
@@ -318,6 +316,17 @@ def _reads_text(model: Any) -> bool:
     from .hosts.inputs import takes
 
     return bool({"input_ids", "decoder_input_ids"} & set(takes(model)))
+
+
+def _tokenizer(files: ModelFiles, source: ModelSource, model: Any) -> Any:
+    if source.words is not None:
+        return word_tokenizer(files.folder, source.words)
+    options: dict[str, Any] = {"gguf_file": files.gguf} if files.gguf else {}
+    with _explained(files, "tokenizer"):
+        auto = importlib.import_module("transformers").AutoTokenizer
+        tokenizer = auto.from_pretrained(files.folder, trust_remote_code=source.trust_remote_code, **options)
+    require_words(tokenizer, model, files.folder)
+    return tokenizer
 
 
 def _check_complete(info: dict[str, Any], where: Path) -> None:

@@ -19,7 +19,7 @@ from .wording import IMAGES, TEXT, Wording, of_sites
 COLOURS = {"window": "cyan", "linear": "yellow", "hybrid": "magenta", "disc": "cyan", "neighbourhood": "blue"}
 COLOURS |= {"tiles": "green", "sparse": "green", "sla": "magenta", "agent": "yellow", "timed": "red"}
 # gates that are lower bounds
-AT_LEAST = ("prefill_speedup", "converted", "cosine", "psnr", "ssim", "right_class", "step_speedup")
+AT_LEAST = ("prefill_speedup", "converted", "cosine", "masked_kept", "psnr", "ssim", "right_class", "step_speedup")
 STATES = {"done": "green", "will run": "bold", "begun": "bold", "old": "yellow", "not asked for": "dim"}
 
 

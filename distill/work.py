@@ -20,6 +20,7 @@ from ..convert.hosts.models import has_head, is_encoder, positions_of, require_d
 from ..convert.hosts.sites import Site
 from ..convert.hosts.surgery import find_sites
 from ..convert.machine import versions
+from ..convert.masking import Masked, masked
 from ..convert.plan import Plan, read_plan
 from ..convert.progress import Track, silent
 from ..convert.sources import (
@@ -145,6 +146,12 @@ class Work:
         """
         return measuring.framed(self.model, self.tokenizer, documents, count, length, seed)
 
+    def masked(self, ids: Tensor, seed: int) -> Masked | None:
+        """The texts (n, S) with masks, where the model has a head and its tokenizer a token for them; else None."""
+        if not (is_encoder(self.model) and has_head(self.model)):
+            return None
+        return masked(self.tokenizer, ids, seed)
+
     def check_heldout(self) -> None:
         """Whether evaluation will have the text it needs: better said now than after hours of training.
 
@@ -157,7 +164,8 @@ class Work:
         settings, gates = self.of_text.evaluate, self.of_text.gates
         encoder = is_encoder(self.model)
         none = {"kv_ratio": encoder, "perplexity_ratio": encoder, "kl": encoder and not has_head(self.model)}
-        for name, absent in {**none, "cosine": not encoder}.items():
+        no_masks = not (encoder and has_head(self.model) and getattr(self.tokenizer, "mask_token_id", None) is not None)
+        for name, absent in {**none, "cosine": not encoder, "masked_kept": no_masks}.items():
             if absent and getattr(gates, name):
                 what = "an encoder" if encoder else "a language model"
                 raise UsageError(f"gates.{name}: nothing of the kind is measured of {what}; take it out of the recipe")

@@ -1,6 +1,7 @@
 """An exported folder loads in clean processes with and without attnconvert, and never as the dense model by mistake."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -89,6 +90,27 @@ def test_what_is_saved_again_loads_as_it_did(tmp_path):
     model, _ = exported("llama", tmp_path / "one")
     AutoModelForCausalLM.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "two", trust_remote_code=True).eval()
+    ids = torch.arange(2, 40)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_what_remote_code_saves_again_loads_elsewhere(tmp_path):
+    """As a script does that tunes a checkpoint where attnconvert is not installed, each time with an empty cache."""
+    model, _ = exported("llama", tmp_path / "one")
+    for n, (source, target) in enumerate((("one", "two"), ("two", "three"))):
+        code = "import sys; sys.modules['attnconvert'] = None\nfrom transformers import AutoModelForCausalLM\n"
+        code += f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / source)!r}, trust_remote_code=True)\n"
+        code += f"model.save_pretrained({str(tmp_path / target)!r})"
+        environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / f"modules-{n}"), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+    maps = [json.loads((tmp_path / name / "config.json").read_text())["auto_map"] for name in ("one", "two", "three")]
+    assert maps[0] == maps[1] == maps[2]
+    code = {p.name for p in (tmp_path / "one").glob("*.py")}
+    assert {p.name for p in (tmp_path / "three").glob("*.py")} == code
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "three", trust_remote_code=True).eval()
     ids = torch.arange(2, 40)[None]
     assert torch.equal(again(ids).logits, model(ids).logits)
 

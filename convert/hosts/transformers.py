@@ -246,4 +246,6 @@ def converted_model(base: type[PreTrainedModel], config: type[PreTrainedConfig])
                     shutil.copy(file, target)
 
     Model.__name__ = Model.__qualname__ = f"Converted{base.__name__}"
+    if not __name__.startswith(f"{NAME}."):  # a checkpoint's code: what is saved again looks for the class where it is
+        Model.__module__ = f"{__package__}.modeling_{NAME}"
     return Model

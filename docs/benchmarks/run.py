@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import aot
+import encoder_tables
 import tables
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 RECIPES = ("smollm2-135m-mixed", "smollm2-135m-window", "smollm2-135m-linear")
+ENCODERS = ("minilm-window", "minilm-hedgehog", "rxnmapper-window", "rxnmapper-hedgehog")
 KERNELS = ("cpu", "gpu")
 PAGE = "page"
 
@@ -55,7 +57,7 @@ def figures(recipe: str, folder: Path) -> dict[str, Any]:
 def main(names: list[str]) -> None:
     from attnconvert.convert.machine import hardware, versions
 
-    known = (*KERNELS, *RECIPES, PAGE)
+    known = (*KERNELS, *RECIPES, *ENCODERS, PAGE)
     unknown = [n for n in names if n not in known]
     if unknown:
         raise SystemExit(f"no benchmark {unknown[0]!r}; known are {', '.join(known)}")
@@ -63,7 +65,7 @@ def main(names: list[str]) -> None:
         print(f"benchmark {name}", file=sys.stderr)
         if name in KERNELS:
             kernels(name)
-        elif name in RECIPES:
+        elif name in (*RECIPES, *ENCODERS):
             found = conversion(name)
             stamp = {"date": datetime.now(UTC).date().isoformat(), "machine": hardware(), "versions": versions()}
             (HERE / f"{name}.json").write_text(json.dumps({**stamp, **found}, indent=1) + "\n")
@@ -75,9 +77,9 @@ def everything() -> list[str]:
     import torch
 
     if torch.cuda.is_available():
-        return [*KERNELS, *RECIPES]
+        return [*KERNELS, *RECIPES, *ENCODERS]
     print("benchmark gpu is left out: torch finds no CUDA device", file=sys.stderr)
-    return ["cpu", *RECIPES]
+    return ["cpu", *RECIPES, *ENCODERS]
 
 
 def page() -> str:
@@ -101,6 +103,11 @@ def page() -> str:
         path = HERE / f"{name}.json"
         if path.exists():
             lines += _conversion_tables(json.loads(path.read_text()))
+    measured = [path for name in ENCODERS if (path := HERE / f"{name}.json").exists()]
+    if measured:
+        lines += ["## Encoders", "", encoder_tables.EXPLAINED, ""]
+    for found in map(json.loads, (path.read_text() for path in measured)):
+        lines += encoder_tables.encoder(found, _where(found))
     return "\n".join(lines).rstrip() + "\n"
 
 
