@@ -245,13 +245,13 @@ def fetch_hub(
 
 
 def load_model(files: ModelFiles, source: ModelSource) -> tuple[Any, Any]:
-    """The model (on CPU, eval mode, weights in `source.dtype`) and its tokenizer.
+    """The model (on CPU, eval mode, weights in `source.dtype`) and its tokenizer, None where it takes no text.
 
     A GGUF is unpacked into plain weights; `save_pretrained` works and a reload is bit-equal.
 
     Raises:
         AssetMissing: the files are damaged or incomplete.
-        UsageError: transformers knows no causal language model of this kind, or it needs code that is not trusted.
+        UsageError: transformers knows no model of this kind, or it needs code that is not trusted.
         PreflightError: a package is missing or memory is full.
     """
     for name in files.sha256:
@@ -274,7 +274,9 @@ def load_model(files: ModelFiles, source: ModelSource) -> tuple[Any, Any]:
         )
     _check_complete(info, _where(files))
     with _explained(files, "tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, **options)
+        tokenizer = (
+            None if not _reads_text(model) else transformers.AutoTokenizer.from_pretrained(files.folder, **options)
+        )
     _forget_quantization(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES= keeps it off the GPU
     log.info("%s is on %s", files.name, device)
@@ -282,12 +284,12 @@ def load_model(files: ModelFiles, source: ModelSource) -> tuple[Any, Any]:
 
 
 def _auto_class(files: ModelFiles, source: ModelSource) -> Any:
-    """The auto class of what the config says the model is: a causal language model, or an encoder, with a head or not.
+    """The auto class of what the config says the model is.
 
     Raises:
         UsageError: it is something else.
     """
-    from .hosts.registration import auto_class
+    from .hosts.registration import KINDS, auto_class, lacks_head
 
     transformers = importlib.import_module("transformers")
     if files.gguf:
@@ -304,12 +306,18 @@ def _auto_class(files: ModelFiles, source: ModelSource) -> Any:
         known = importlib.import_module("transformers.models.auto.modeling_auto")
         masked = config.get("model_type") in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
         return transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+    if not own and lacks_head(name):  # loading says which tensors are missing
+        return transformers.AutoModelForCausalLM
     if auto := auto_class(name):
         return getattr(transformers, auto)
-    raise UsageError(
-        f"{_where(files)} holds a {name}: what is converted are causal language models and encoders of text, bare or "
-        "with a masked-token head"
-    )
+    raise UsageError(f"{_where(files)} holds a {name}: what is converted is loaded by one of {', '.join(KINDS)}")
+
+
+def _reads_text(model: Any) -> bool:
+    """Whether tokens go in, or a decoder writes them."""
+    from .hosts.inputs import takes
+
+    return bool({"input_ids", "decoder_input_ids"} & set(takes(model)))
 
 
 def _check_complete(info: dict[str, Any], where: Path) -> None:
@@ -347,7 +355,7 @@ def _told(error: BaseException, files: ModelFiles, what: str) -> Exception:
         return UsageError(f"{where} brings its own code: read it, then set model.trust_remote_code to true")
     if UNKNOWN_KIND.search(text):
         reason = one_line(text.partition(". ")[0])
-        return UsageError(f"{where} is no causal language model that transformers knows: {reason}")
+        return UsageError(f"{where} is no model that transformers knows: {reason}")
     if what == "tokenizer" and not files.gguf and not any(files.folder.glob("*token*")):
         return AssetMissing(f"{where} has no tokenizer (tokenizer.json); {AGAIN}")
     reason = f"{type(error).__name__}: {one_line(text)}"

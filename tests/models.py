@@ -34,6 +34,9 @@ DECODERS = {
     "granite": {"num_key_value_heads": 2},
     "mixtral": {"num_key_value_heads": 2, **EXPERTS},
     "qwen3_moe": {"num_key_value_heads": 2, "num_experts": 2, "moe_intermediate_size": 32, **EXPERTS},
+    "falcon": {},
+    "cohere2": {"num_key_value_heads": 2, "sliding_window": 12, "layer_types": LAYERS},
+    "exaone4": {"num_key_value_heads": 2, "sliding_window": 12, "layer_types": LAYERS},
     "gpt_oss": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 12, **EXPERTS},
 }  # fmt: skip
 # Refused, each for its own reason
@@ -52,13 +55,37 @@ OTHERS = {
 }
 
 
-ENCODERS = ("bert", "roberta", "electra", "camembert", "xlm-roberta", "albert")  # ALBERT has one layer for all
+ENCODERS = ("bert", "roberta", "electra", "camembert", "xlm-roberta", "albert", "modernbert")  # ALBERT: 1 layer for all
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+IMAGE = {"image_size": 24, "patch_size": 4}
+BOTH = {
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "decoder_start_token_id": 2,
+}
+# Beside texts alone: images, sound, and text from either
+MANY = {
+    "modernbert": {"local_attention": 12, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2},
+    "vit": IMAGE,
+    "clip": {
+        "text_config": {**SMALL, "vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 98},
+        "vision_config": {**SMALL, **IMAGE},
+    },
+    "bart": {**BOTH, "forced_eos_token_id": None},
+    "whisper": {**BOTH, "num_mel_bins": 8, "max_source_positions": 40, "max_target_positions": 128},
+    "t5": {"d_model": 64, "d_kv": 16, "num_layers": 2, "num_heads": 4, "d_ff": 96, "decoder_start_token_id": 0},
+}
 
 
 def tiny(name, seed=0, auto=AutoModelForCausalLM, **changes):
     """A random model of the architecture; weights are made larger so that attention is far from uniform."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(name, **{**BASE, **{**DECODERS, **OTHERS}.get(name, {}), **changes})
+    config = AutoConfig.for_model(name, **{**BASE, **{**DECODERS, **OTHERS, **MANY}.get(name, {}), **changes})
     model = auto.from_config(config).float().eval()
     for name, p in model.named_parameters():
         if p.ndim > 1:

@@ -204,7 +204,7 @@ def test_a_text_longer_than_the_learned_positions_is_refused():
 
 
 def test_a_model_that_generates_and_reads_both_ways_is_refused():
-    with pytest.raises(Unsupported, match="reads in both and generates"):
+    with pytest.raises(Unsupported, match="reads in both directions and generates"):
         find_sites(tiny("bert"))
 
 

@@ -220,7 +220,7 @@ INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.saf
 DAMAGE: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), AssetMissing, "has no config.json"),
     "config is no JSON": (write("config.json", "{"), AssetMissing, "the model in .* damaged .*not a valid JSON"),
-    "config says nothing": (write("config.json", "{}"), UsageError, "no causal language model"),
+    "config says nothing": (write("config.json", "{}"), UsageError, "no model that transformers knows"),
     "unknown architecture": (edit_config(model_type="wobble"), UsageError, "no causal .* model type `wobble`"),
     "no language model": (edit_config(model_type="vit"), UsageError, "no causal .*ViTConfig"),
     "config of the wrong type": (edit_config(num_attention_heads="x"), AssetMissing, "num_attention_heads"),

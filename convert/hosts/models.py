@@ -9,165 +9,19 @@ import contextlib
 import functools
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..errors import UsageError
-from .sites import NAME, Site, Unsupported, all_full, submodule
-from .surgery import block_of, converted
-
-
-@torch.no_grad()
-def find_sites(model: PreTrainedModel, tolerance: float = 1e-5) -> list[Site]:
-    """The sites of a model, found by running it: what calls the attention interface is a site.
-
-    Each site then runs once with all its heads full, and must give what the model's own eager attention gives.
-
-    Raises:
-        Unsupported: no attention reaches the interface, only some does, or something in it is not known here.
-    """
-    ids = torch.arange(1, 8, device=model.device)[None] % model.config.get_text_config().vocab_size
-    before = model.config._attn_implementation
-    seen: dict[nn.Module, tuple[Any, ...]] = {}
-    masked: set[int] = set()  # windows that the model builds into its masks
-
-    def record(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
-    ) -> Any:
-        heads, kv_heads, own = query.shape[1], key.shape[1], kwargs.get("sliding_window")
-        causal = bool(getattr(module, "is_causal", True)) and kwargs.get("is_causal") is not False
-        if module in seen and causal:
-            raise Unsupported(f"{type(module).__name__} is called more than once in a pass, with one cache layer")
-        if key.shape[2] != query.shape[2]:
-            raise Unsupported(f"{type(module).__name__} reads another sequence than its own: that is not converted")
-        if not causal and own is not None:
-            raise Unsupported(f"{type(module).__name__} reads in both directions in a window of its own: not known yet")
-        if query.shape[-1] != value.shape[-1]:
-            raise Unsupported(
-                f"{type(module).__name__}: keys of {query.shape[-1]} and values of {value.shape[-1]} differ"
-            )
-        seen[module] = (heads, kv_heads, query.shape[-1], own, causal)
-        return query.new_zeros(query.shape).transpose(1, 2), None
-
-    AttentionInterface.register(f"{NAME}_probe", record)
-
-    def note_window(*args: Any, local_size: int | None = None, **kwargs: Any) -> None:
-        masked.update([] if local_size is None else [local_size])
-
-    AttentionMaskInterface.register(f"{NAME}_probe", note_window)
-    try:
-        model.set_attn_implementation(f"{NAME}_probe")
-        model(ids, use_cache=False)
-    except ValueError as error:
-        if isinstance(error, Unsupported):
-            raise
-        raise Unsupported(f"{type(model).__name__} refuses a registered attention function: {error}") from error
-    finally:
-        model.set_attn_implementation(before)
-    names = {module: name for name, module in model.named_modules()}
-    _refuse_missed(model, seen, names)
-    sites = []
-    for place, (module, (heads, kv_heads, dim, limit, causal)) in enumerate(seen.items()):
-        index = getattr(module, "layer_idx", None) if causal else place  # an encoder has no cache to find by it
-        if index is None:
-            raise Unsupported(f"{names[module]} has no layer index, so its cache cannot be found")
-        sites.append(Site(names[module], index, heads, kv_heads, dim, limit, causal))
-    unknown = masked - {site.limit for site in sites}
-    if unknown:
-        raise Unsupported(
-            f"{type(model).__name__} has a sliding window of {min(unknown)} tokens in its masks alone, which its "
-            "attention does not pass on: it would be lost"
-        )
-    if len({site.layer for site in sites}) < len(sites):
-        raise Unsupported(f"{type(model).__name__} gives one layer index to several attentions, so they share a cache")
-    if any(site.causal is is_encoder(model) for site in sites):
-        says = "reads in one direction and cannot generate" if is_encoder(model) else "reads in both and generates"
-        raise Unsupported(
-            f"{type(model).__name__} {says}: converted are causal language models, and encoders loaded as such"
-        )
-    _check_full(model, sites, ids, tolerance)
-    return sorted(sites, key=lambda s: s.layer)
-
-
-def _refuse_missed(model: nn.Module, seen: Mapping[nn.Module, Any], names: Mapping[nn.Module, str]) -> None:
-    """A module that looks like attention and was not called would stay dense without a word."""
-    looks = [m for m in names if type(m).__name__.endswith("Attention") and not any(c in seen for c in m.modules())]
-    if not seen:
-        found = f" ({type(looks[0]).__name__} at {names[looks[0]]})" if looks else ""
-        raise Unsupported(
-            f"no attention of {type(model).__name__} goes through transformers' AttentionInterface{found}: "
-            "nothing can be converted"
-        )
-    if looks:
-        raise Unsupported(
-            f"{names[looks[0]]} ({type(looks[0]).__name__}) does not go through transformers' AttentionInterface"
-        )
-
-
-def _check_full(model: PreTrainedModel, sites: list[Site], ids: Tensor, tolerance: float) -> None:
-    """Compare each site with the model's own, on the same inputs: a deep bf16 model amplifies rounding beyond measure.
-
-    The model's own is its eager attention, the definition: sdpa leaves out soft caps in transformers before 5.22.
-    """
-    _refuse_layer_types(model)
-    stock: dict[str, list[Tensor]] = {}
-    errors: list[tuple[str, float]] = []
-
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            stock.setdefault(name, []).append(output[0])
-
-        return hook
-
-    def compare(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            want = stock[name].pop(0)
-            errors.append((name, ((output[0] - want).abs().max() / want.abs().max().clamp_min(1e-6)).item()))
-            return (want, *output[1:])  # the next site sees what it saw before
-
-        return hook
-
-    before = model.config._attn_implementation
-    try:
-        model.set_attn_implementation("eager")
-        _with_hooks(model, sites, keep, ids)
-    finally:
-        model.set_attn_implementation(before)
-    with converted(model, all_full(sites)):
-        _with_hooks(model, sites, compare, ids)
-    limit = max(tolerance, 8 * torch.finfo(model.dtype).eps)
-    for name, error in errors:
-        if not error <= limit:
-            raise Unsupported(
-                f"{name} ({type(model).__name__}): with every head full it differs from the untouched model by "
-                f"{error:.1e} (relative, limit {limit:.1e}); something in its attention is not known here"
-            )
-
-
-def _with_hooks(model: PreTrainedModel, sites: list[Site], make: Any, ids: Tensor) -> None:
-    hooks = [submodule(model, site.name).register_forward_hook(make(site.name)) for site in sites]
-    try:
-        model(ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _refuse_layer_types(model: PreTrainedModel) -> None:
-    """Masks beyond causal and sliding windows do not show in a short probe, so they are refused by name."""
-    config = model.config.get_text_config()
-    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if others:
-        raise Unsupported(
-            f"{type(model).__name__} has layers of type {', '.join(sorted(others))}, which are not known here"
-        )
+from .finding import find_sites as find_sites
+from .inputs import takes
+from .sites import Site, Unsupported
+from .surgery import block_of
 
 
 class Replay:
@@ -269,6 +123,28 @@ def _pooling(folder: str) -> str:
     if modes not in (["mean_tokens"], ["cls_token"]):
         raise Unsupported(f"{file} pools by {' and '.join(modes) or 'nothing'}: known are the mean and the first token")
     return str(modes[0])
+
+
+BY_PLAN = "convert it by a plan: attnconvert export MODEL --plan PLAN --out DIR, or attnconvert.convert(model, plan)"
+
+
+def require_text(model: PreTrainedModel) -> None:
+    """Raises UsageError for what the stages have no data for: what takes images or sound, or turns text into text."""
+    given = takes(model)
+    if given != ["input_ids"]:
+        raise UsageError(
+            f"{type(model).__name__} takes {' and '.join(given)}: what is lost is measured on texts alone, of language "
+            f"models and encoders; {BY_PLAN}"
+        )
+
+
+def require_direction(model: PreTrainedModel, sites: Sequence[Site]) -> None:
+    """Raises UsageError for a bare decoder: its damage is told by logits, which it does not put out."""
+    if is_encoder(model) and any(site.causal for site in sites):
+        raise UsageError(
+            f"{type(model).__name__} reads in one direction and cannot generate, so there is no measure of what it "
+            f"loses; {BY_PLAN}"
+        )
 
 
 def require_positions(model: PreTrainedModel, length: int) -> None:

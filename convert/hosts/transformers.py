@@ -4,7 +4,8 @@ Attention is intercepted where every architecture hands it over: transformers' A
 norms and rotary embedding. A mask function keeps the 2-D padding mask, and a hook on each site swaps its cache layer
 for one that holds the states of our operators. No attention module is rebuilt, so each keeps its own details.
 
-An exported checkpoint carries this file, `sites` and `kernels`; it must import nothing else of attnconvert.
+An exported checkpoint carries this file, `architectures`, `sites` and `kernels`; it must import nothing else of
+attnconvert.
 """
 
 from __future__ import annotations
@@ -18,14 +19,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
-from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache, StaticLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 
 from ...kernels.call import Call, map_state, state_bytes
 from ...kernels.spec import Spec
+from .architectures import (
+    REFUSED,
+    by_itself,
+    keep_cache_out,
+    mark_cross_attention,
+    may_read_others,
+    reads_other_sequence,
+    rebind,
+    unbind,
+    use_attention,
+)
 from .sites import NAME, Conversion, Site, SiteOperators, Unsupported, read_plan_block, submodule
-
-REFUSED = ("position_bias", "head_mask", "cache", "cu_seq_lens_q", "encoder_hidden_states")
 
 
 def answer(
@@ -41,9 +52,9 @@ def answer(
     **others: Any,
 ) -> Tensor:
     """One call of the attention interface. Shapes as in `attention_function`. → (B, Q, H, D)"""
-    for name in REFUSED:
+    for name, why in REFUSED.items():
         if others.get(name) is not None:
-            raise Unsupported(f"{site.site.name} passes {name} to its attention, which no operator here knows")
+            raise Unsupported(f"{site.site.name} gets {name}: {why}, which no operator here knows")
     seen = site.layer.seen if site.layer is not None else 0
     expected = (query.shape[0], seen + query.shape[2])
     if attention_mask is not None and attention_mask.shape != expected:
@@ -147,8 +158,13 @@ def attention_function(
     """What transformers calls for every site. query (B, H, Q, D), key, value (B, Hk, Q, D) → (B, Q, H, D), None
 
     The site itself answers: a checkpoint's own copy of this file may live in the same process and register last.
+    Attention to another sequence has no operators; it is answered as ever.
     """
     site: Any = module._modules.get(NAME)
+    if site is None and reads_other_sequence(module):
+        mask = None if attention_mask is None else attention_mask[:, None, None].bool()
+        o, _ = sdpa_attention_forward(module, query, key, value, mask, **{**settings, "is_causal": False})
+        return o, None
     if site is None:
         raise Unsupported(f"{type(module).__name__} has no operators: install a plan before running the model")
     return site.answer(query, key, value, attention_mask, **settings), None
@@ -159,9 +175,10 @@ def mask_function(
 ) -> Tensor | None:
     """Keeps the padding mask (B, tokens so far) as it is, or None where every token is real."""
     compiling = torch.compiler.is_compiling()
-    both_ways = others.get("mask_function") is bidirectional_mask_function
+    plain = others.get("mask_function") in (causal_mask_function, bidirectional_mask_function)
+    both_ways = "allow_is_bidirectional_skip" in others
     skip = "allow_is_bidirectional_skip" if both_ways else "allow_is_causal_skip"
-    if others.get(skip) is False:  # so transformers says that it is more than causal, or everything, and padding
+    if others.get(skip) is False and not plain:  # so transformers says that it is more than order, window and padding
         advice = "pad the batch instead"
         if compiling and attention_mask is None:
             advice = "pass an attention_mask, without one transformers cannot rule them out while it compiles"
@@ -180,7 +197,9 @@ def _swap_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         return
     if getattr(cache, "offloading", False):
         raise Unsupported("a converted model's cache cannot be offloaded: it is small by design; turn offloading off")
-    index = site.site.layer
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    index = site.site.layer if site.site.slot is None else site.site.slot
     while len(cache.layers) <= index:
         cache.layers.append(DynamicLayer())
     layer = cache.layers[index]
@@ -220,9 +239,14 @@ def _install(model: PreTrainedModel, sites: Mapping[str, SiteOperators]) -> dict
         mine.respond = answer
         module.add_module(NAME, mine)
         hooks.append(module.register_forward_pre_hook(_swap_cache_layer, with_kwargs=True))
+    for name, module in may_read_others(model):
+        if name not in sites:
+            hooks.append(module.register_forward_pre_hook(mark_cross_attention, with_kwargs=True))
+    for module in by_itself(model):
+        rebind(module, attention_function)
     model._is_stateful = True  # generate then refuses to roll back before it starts
-    model.set_attn_implementation(NAME)
-    return {**kept, "hooks": hooks}
+    use_attention(model, NAME)
+    return {**kept, "hooks": hooks, "methods": keep_cache_out(model)}
 
 
 def _uninstall(model: PreTrainedModel, sites: Mapping[str, SiteOperators], kept: dict[str, Any]) -> None:
@@ -230,8 +254,12 @@ def _uninstall(model: PreTrainedModel, sites: Mapping[str, SiteOperators], kept:
         hook.remove()
     for name in sites:
         del submodule(model, name)._modules[NAME]
+    for module in by_itself(model):
+        unbind(module)
+    for name in kept["methods"]:
+        delattr(model, name)
     model._is_stateful = kept["stateful"]
-    model.set_attn_implementation(kept["attention"])
+    use_attention(model, kept["attention"])
 
 
 def converted_config(base: type[PreTrainedModel]) -> type[PreTrainedConfig]:
