@@ -67,7 +67,7 @@ def arranged(spec: Spec, layout: Layout, device: str) -> tuple[Layout, tuple[int
     tile = TILE.get(device, OTHER_TILE).get(len(layout.grid))
     if tile is None or isinstance(spec, Radial | References | Frames):  # these read along frames, as they are stored
         return layout, block
-    if device == "cpu" and _near(spec, layout) <= NEAR:
+    if device == "cpu" and _near(spec, layout) <= NEAR and not _cells(spec, layout):  # text behind, where cells follow
         return layout, block
     return grid.in_tiles(layout, tile), block
 

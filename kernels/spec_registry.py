@@ -39,6 +39,27 @@ def operator(name: str) -> Callable[[type[S]], type[S]]:
     return register
 
 
+def written(cls: type[S]) -> type[S]:
+    """For specs that `kernels.compiled` passes on by name: `text` is the spec as JSON, made once.
+
+    torch.compile reads an attribute as it is, and compiles anew where it differs; it cannot make the text itself.
+    """
+    plain_init: Callable[..., None] = cls.__init__
+
+    @functools.wraps(plain_init)
+    def init(self: Any, *args: Any, **settings: Any) -> None:
+        plain_init(self, *args, **settings)
+        object.__setattr__(self, "text", json.dumps(spec_to_dict(self)))
+
+    cls.__init__ = init  # type: ignore[method-assign]
+    return cls
+
+
+def spec_from_text(text: str) -> Spec:
+    """The spec of a `text`."""
+    return spec_from_dict(json.loads(text))
+
+
 def spec_class(name: str) -> type | None:
     """The spec class of an operator, None where there is none. A package that offers it is imported for it.
 
@@ -64,27 +85,6 @@ def operator_names() -> list[str]:
 
 def _offered() -> list[EntryPoint]:
     return list(entry_points(group=OUTSIDE))
-
-
-def written(cls: type[S]) -> type[S]:
-    """For specs that `kernels.compiled` passes on by name: `text` is the spec as JSON, made once.
-
-    torch.compile reads an attribute as it is, and compiles anew where it differs; it cannot make the text itself.
-    """
-    plain_init: Callable[..., None] = cls.__init__
-
-    @functools.wraps(plain_init)
-    def init(self: Any, *args: Any, **settings: Any) -> None:
-        plain_init(self, *args, **settings)
-        object.__setattr__(self, "text", json.dumps(spec_to_dict(self)))
-
-    cls.__init__ = init  # type: ignore[method-assign]
-    return cls
-
-
-def spec_from_text(text: str) -> Spec:
-    """The spec of a `text`."""
-    return spec_from_dict(json.loads(text))
 
 
 def is_spec(value: object) -> bool:
