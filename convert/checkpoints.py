@@ -102,7 +102,7 @@ def require_whole(folder: Path) -> None:
         UsageError: it is none of ours, or newer, or has operators that are not known here. AssetMissing: a file has
             changed or is gone. PreflightError: the library beneath is too old.
     """
-    from ..kernels.spec import OPERATORS
+    from ..kernels.spec import spec_class
     from .hosts.sites import FORMAT
 
     block = block_of(folder)
@@ -115,10 +115,10 @@ def require_whole(folder: Path) -> None:
         )
     for spec in block.get("operators", {}).values():
         name = spec.get("operator") if isinstance(spec, dict) else spec
-        if name not in OPERATORS:
+        if spec_class(str(name)) is None:
             raise UsageError(
                 f"{folder} has the operator {name!r}, which attnconvert here does not have (it was exported by "
-                f"{block.get('version', '?')}): pip install -U attnconvert, or load what brings that operator first"
+                f"{block.get('version', '?')}): attnconvert.register its file, or pip install -U attnconvert"
             )
     require_library("diffusers" if is_denoiser(folder) else "transformers")
     if not check_sums(folder):

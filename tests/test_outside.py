@@ -196,7 +196,7 @@ def test_a_checkpoint_carries_an_operator_from_outside(
     assert "from .attnconvert_operator_taylor import" in (tmp_path / "modeling_attnconvert.py").read_text()
     assert verify(model, tmp_path)["remote"]["generation_equal"]
     del OPERATORS["taylor"]
-    with pytest.raises(Exception, match="no operator 'taylor'"):
+    with pytest.raises(UsageError, match="has the operator 'taylor', which attnconvert here does not have"):
         package.load(tmp_path)
 
 
