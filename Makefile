@@ -16,11 +16,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 READY := $(VENV)/.ready
+SITE := $(VENV)/.docs
 # mypy finds a package by the name of its folder, and a clone may be called anything
 SOURCES := $(VENV)/sources
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-diffusion test slow check format bench study lengths images gpu clean distclean
+.PHONY: help setup demo demo-diffusion test slow check format bench study lengths images docs gpu clean distclean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -60,6 +61,11 @@ lengths: $(READY)  ## measure what a plan loses with each operator at longer tex
 images: $(READY)  ## measure what image models keep and gain (docs/images.md); over an hour
 	$(BIN)/python docs/benchmarks/images.py $(ARGS)
 
+docs: $(SITE)  ## build the site of the documentation into build/site
+	$(BIN)/python docs/benchmarks/gallery.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict -f docs/site/mkdocs.yml
+	@echo 'open build/site/index.html'
+
 # Where PYTHON is named it needs no more than torch with Triton: nothing is set up, the package comes from here.
 gpu:  ## check and measure the kernels on the GPU, in under 10 minutes
 ifneq ($(origin PYTHON),file)
@@ -85,4 +91,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@$(PIP) install -c constraints.txt -e '.[dev]'
 	@mkdir -p $(SOURCES) && ln -sfn ../.. $(SOURCES)/attnconvert
+	@touch $@
+
+# What builds the site is no part of the setup: few need it.
+$(SITE): $(READY)
+	@$(PIP) install -c constraints.txt -e '.[docs]'
 	@touch $@

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.text import Text
 
+from .convert.checkpoint_commands import add_checkpoint_commands
 from .convert.errors import UsageError
 from .convert.failures import EXIT_CODES
 from .convert.guard import guarded
 from .convert.keys import STAGES
 from .convert.look_commands import add_inspect
+from .convert.operator_commands import operators_app
 from .convert.options import (
     Amounts,
     AsJson,
@@ -53,6 +55,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(operators_app, name="operators")
 
 
 @app.callback()
@@ -258,21 +261,12 @@ def evaluate(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, 
     require_gates(document)
 
 
-@command(app, "export")
-def export(run: RunFolder, as_json: AsJson = False, verbose: Verbose = False, quiet: Quiet = False) -> None:
-    """Write the checkpoint that from_pretrained loads, and prove it by loading it in clean processes.
-
-    [dim]Example:[/dim] attnconvert export runs/demo
-    """
-    _one_stage(run, "export", Terminal(as_json=as_json, verbose=verbose, quiet=quiet))
-
-
 def _run_of(target: str, out: Path | None, settings: list[str] | None) -> Run:
     """The run that a target names, or a new one of the model or recipe that it names."""
     from .convert.defaults import recipe_for
-    from .convert.runs import Run
+    from .convert.runs import Run, is_run
 
-    if Path(target, "recipe.yaml").is_file():
+    if is_run(Path(target)):
         if out is not None or settings:
             raise UsageError(f"{target} is a run, which has its recipe and its place: leave --out and --set away")
         return Run.open(Path(target))
@@ -336,6 +330,11 @@ def _one_stage(folder: Path, stage: str, terminal: Terminal) -> None:
     terminal.result(*outcome(run, stage, terminal.out.width))
 
 
+def _all_stages(run: Run, terminal: Terminal) -> None:
+    pipeline = _pipeline()
+    pipeline.run_stages(pipeline.Work(run, terminal.track))
+
+
 def _foresee(recipe: AnyRecipe, folder: Path, until: str, terminal: Terminal) -> None:
     from .convert.outcomes import foreseen
 
@@ -397,6 +396,7 @@ def bench(
 
 
 add_inspect(app)
+add_checkpoint_commands(app, _one_stage, _run_again, _all_stages)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from .convert import evaluation
 from .convert.budgets import refuse_budgets
-from .convert.card import model_card
+from .convert.card import attachments, model_card
 from .convert.costs import Costs
 from .convert.damage import Group, Joint, marginal_damage
 from .convert.errors import UsageError
 from .convert.evaluation import headline
-from .convert.export import export, verify
+from .convert.export_formats import Export, Written, write_checkpoint
 from .convert.exported import load_exported
 from .convert.files import read_json, stored, write_json
 from .convert.fronts import front
@@ -26,14 +25,14 @@ from .convert.machine import hardware
 from .convert.observation import Table
 from .convert.passages import Passages
 from .convert.plan import Plan, read_plan, write_plan
-from .convert.profiling import Profile, profile
+from .convert.profiling import Profile
 from .convert.refinement import refine
 from .convert.report import write_report
-from .convert.selection import Selection, require_profile, select
+from .convert.selection import Selection, needs_model, require_profile, select
 from .convert.sources import refuse_overlap
 from .convert.text import Needles
-from .distill.gates import learn_gates
-from .distill.loop import distill
+from .distill import measuring
+from .distill.loop import ADAPTER, distill
 from .distill.samples import keep_texts, prompts, read_samples, sample
 from .distill.work import COSTS, STUDENT, Work, described, identity
 from .kernels.spec import Spec
@@ -49,55 +48,20 @@ FRONT = "front.json"
 
 def profile_stage(work: Work) -> None:
     """profile/profile.json"""
-    settings = work.recipe.profile
     with work.run.stage("profile") as folder:
-        found = profile(
+        found = measuring.measure(
             work.model,
             work.sites,
             work.profile_samples,
             work.profile_cases,
-            settings.candidates,
-            rows=settings.rows,
-            damage=settings.damage,
-            folder=folder,
-            track=work.track,
-            gradients=settings.gradients,
+            work.recipe.profile,
             retrieval=work.retrieval_tasks(),
             learned=work.learned,
-            data={
-                "model": type(work.model).__name__,
-                "identity": identity(work.run),
-                "element": work.model.dtype.itemsize,
-                **work.profile_data(),
-                **settings.model_dump(mode="json", exclude={"candidates"}),
-            },
+            folder=folder,
+            track=work.track,
+            data={"identity": identity(work.run), **work.profile_data()},
         )
-        found = dataclasses.replace(found, gates=_gates(work, folder))
         write_json(folder / PROFILE, found.to_json())
-
-
-def _gates(work: Work, folder: Path) -> Table:
-    """What the methods with learned gates say of the first candidate, each kept in a file of its own."""
-    settings, found = work.recipe.profile, {}
-    for method in settings.gates:
-
-        def learn(method: Any = method) -> Table:
-            return learn_gates(
-                method,
-                work.model,
-                work.sites,
-                work.profile_cases,
-                settings.candidates[0],
-                steps=settings.gate_steps,
-                full=settings.gate_full,
-                seed=settings.seed,
-                learned=work.learned,
-                folder=folder,
-                track=work.track,
-            )
-
-        found.update(stored(folder / f"gates-{method}.json", learn))
-    return found
 
 
 def select_stage(work: Work) -> None:
@@ -134,8 +98,7 @@ def choose(
 ) -> tuple[Selection, list[dict[str, Any]]]:
     """The plan of one arm; the model is loaded only where whole plans must be measured."""
     model = measured.data["model"]
-    needs_model = settings.rounds or settings.keep_quality is not None or settings.method == "restore"
-    if not needs_model:
+    if not needs_model(settings):
         return select(measured, settings, model, costs=costs), []
     task, learned = work.profile_cases.first(settings.measure_cases), work.learned
     place = folder / f"measured-{len(task)}"
@@ -287,16 +250,29 @@ def export_stage(work: Work) -> None:
                 evaluation_of(work.run),
                 part if whole_pipeline(where, part) else None,
             )
-            export_images(student, plan, folder, card, work.recipe.export.dtype, where, part)
+            made = attachments(work.recipe, work.run.manifest(), work.run.plan)
+            export_images(student, plan, folder, card, work.recipe.export.dtype, where, part, made)
             if work.recipe.export.verify:
                 work.run.record(metrics={"export": verify_images(student, folder)})
             return
-        assert work.recipe.kind == "text"
-        card = model_card(work.recipe, work.run.manifest(), type(student).__name__, evaluation_of(work.run))
-        export(student, work.tokenizer, plan, folder, card, work.recipe.export.dtype)
-        if work.recipe.export.verify:
-            checked = verify(student, folder)
-            work.run.record(metrics={"export": checked})
+        settings, trained = work.of_text.export, work.trained(STUDENT)
+        given = Export(
+            student=student,
+            tokenizer=work.tokenizer,
+            plan=plan,
+            source=work.recipe.model,
+            files=work.files,
+            adapter=trained / ADAPTER if trained and (trained / ADAPTER).exists() else None,
+            dtype=settings.dtype,
+            attached=attachments(work.recipe, work.run.manifest(), work.run.plan),
+        )
+
+        def described_as(written: Written) -> str:
+            told = work.run.manifest(), type(student).__name__, evaluation_of(work.run)
+            return model_card(work.of_text, *told, written.form, written.serving)
+
+        written = write_checkpoint(given, folder, described_as, settings.format, settings.verify)
+        work.run.record(metrics={"export": written.verified, "export_format": written.to_json()})
 
 
 RUNNERS: dict[str, Callable[[Work], None]] = {

@@ -12,7 +12,7 @@ import yaml
 
 from .errors import UsageError
 from .keys import STAGES
-from .runs import FOLDERS, MANIFEST, PLAN, RECIPE, Run
+from .runs import FOLDERS, MANIFEST, PLAN, RECIPE, Run, is_run
 from .wording import IMAGES, TEXT, Wording
 
 
@@ -76,7 +76,7 @@ class Artefacts:
 
 def read_artefacts(folder: Path) -> Artefacts:
     """UsageError if `folder` is no run directory."""
-    if not (folder / RECIPE).is_file():
+    if not is_run(folder):
         raise UsageError(f"{folder} is no run directory: it has no {RECIPE}")
     places = {stage: folder / FOLDERS.get(stage, stage) for stage in STAGES}
     text = (folder / RECIPE).read_text(encoding="utf-8")

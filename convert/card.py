@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +43,41 @@ from transformers import {auto}
 model = {auto}.from_pretrained("path/to/this/folder")
 ```
 """
+STOCK = """\
+## Use
+
+This is an architecture that transformers has: nothing but transformers is needed, and no code is trusted.
+
+```python
+from transformers import {auto}, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = {auto}.from_pretrained(folder)
+
+{use}
+```
+
+The windows are `layer_types` and `sliding_window` of `config.json`, so the model is as fast as what runs it makes of
+them. With attnconvert installed, `attnconvert.load(folder)` runs the same weights with its kernels.
+"""
+ADAPTER = """\
+## Use
+
+This folder holds no model: it has what was trained and the plan, and is put on the base model by attnconvert.
+
+```python
+import attnconvert
+
+model = attnconvert.load("path/to/this/folder")
+```
+
+{peft}"""
+PEFT = """\
+`PeftModel.from_pretrained(base, folder)` loads the adapter into the base model too, but that alone is **not the
+converted model**: its attention stays full, and the adapter was trained for the operators that are then missing.
+"""
+UNTRAINED = "No adapter was trained: the weights are those of the base model.\n"
 GENERATE = """\
 inputs = tokenizer("The state of the union is", return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=64)
@@ -52,39 +89,68 @@ CACHE = """\
 - The cache cannot take tokens back (`crop`), so assisted decoding and prompt lookup raise an error.
 - There is no static cache and no offloaded cache: the states are small and grow or stay as they are.
 """
+SEES_LESS = """\
+- A converted group sees what its operator keeps. What was not measured above, such as longer contexts or other
+  languages, may have suffered more.
+"""
 LIMITS = """\
 ## Limits
 
 {cache}- Packed sequences and custom attention masks raise an error: pad the batch instead.
 - Attention dropout is not applied; it matters only where the model is trained on.
-- A converted group sees what its operator keeps. What was not measured above, such as longer contexts or other
-  languages, may have suffered more.
 """
+LIMITS += SEES_LESS
 
 
 def model_card(
-    recipe: Recipe, manifest: Mapping[str, Any], base_class: str, evaluation: Mapping[str, Any] | None
+    recipe: Recipe,
+    manifest: Mapping[str, Any],
+    base_class: str,
+    evaluation: Mapping[str, Any] | None,
+    form: str = "remote",
+    serving: str = "",
 ) -> str:
     """README.md of the exported folder.
 
     Args:
         manifest: of the run; base_class: the stock class, such as LlamaForCausalLM; evaluation: evaluation.json, or
-            None if the export came first.
+            None if the export came first; form: stock, remote or adapter; serving: what engines make of it.
     """
     from .hosts.registration import loader
 
     auto = loader(base_class)
     generates = auto == "AutoModelForCausalLM"
+    library = "peft" if form == "adapter" and _trained(evaluation) else "transformers"
     parts = [
-        front_matter(recipe, "transformers", PIPELINES[auto], evaluation),
+        front_matter(recipe, library, PIPELINES.get(auto, ""), evaluation),
         what(recipe, manifest, base_class, evaluation),
-        LOAD.format(auto=auto, use=GENERATE if generates else ENCODE),
+        how_to_load(form, auto, generates, _trained(evaluation)),
         _measured(evaluation),
         gates(evaluation),
-        LIMITS.format(cache=CACHE if generates else ""),
+        limits(form, generates, serving),
         made(recipe, manifest),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def how_to_load(form: str, auto: str, generates: bool, trained: bool) -> str:
+    """The section Use of a format."""
+    if form == "adapter":
+        return ADAPTER.format(peft=PEFT if trained else UNTRAINED)
+    template = STOCK if form == "stock" else LOAD
+    return template.format(auto=auto, use=GENERATE if generates else ENCODE)
+
+
+def limits(form: str, generates: bool, serving: str = "") -> str:
+    """The section Limits of a format."""
+    if form == "stock":
+        told = f"- {serving}.\n" if serving else ""
+        return f"## Limits\n\n{told}{SEES_LESS}"
+    return LIMITS.format(cache=CACHE if generates else "")
+
+
+def _trained(evaluation: Mapping[str, Any] | None) -> bool:
+    return bool(dig(evaluation, "arms", "student", "trained", default=False))
 
 
 def figures(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -197,10 +263,34 @@ def front_matter(recipe: AnyRecipe, library: str, task: str, evaluation: Mapping
     head: dict[str, Any] = {"base_model": recipe.model.hub} if recipe.model.hub else {}
     head |= {
         "library_name": library,
-        "pipeline_tag": task,
+        **({"pipeline_tag": task} if task else {}),
         "tags": ["attnconvert", *(words.get(name, name) for name in sorted(operators - {"full"}))],
     }
+    if results := _results(recipe, task, evaluation):
+        head["model-index"] = [{"name": recipe.name, "results": results}]
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _results(recipe: AnyRecipe, task: str, evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """What was measured of the student, as the hub's model-index has it: one entry, a metric per figure."""
+    student = dig(evaluation, "arms", "student", default={})
+    metrics = []
+    for length, cell in dig(student, "quality", default={}).items():
+        if isinstance(cell, int | float):  # of an image or video model
+            metrics.append({"type": length, "name": length.replace("_", " "), "value": cell})
+            continue
+        metrics += [
+            {"type": key, "name": f"{key} @ {length}", "value": cell[key]}
+            for key in ("kl", "perplexity", "cosine")
+            if dig(cell, key) is not None
+        ]
+    if dig(student, "retrieval", "exact") is not None:
+        found = {"type": "accuracy", "name": f"retrieval @ {dig(student, 'retrieval', 'length')}"}
+        metrics.append({**found, "value": student["retrieval"]["exact"]})
+    if not metrics:
+        return []
+    data = {"type": "attnconvert", "name": f"held-out samples of the recipe {recipe.name}"}
+    return [{"task": {"type": task or "other"}, "dataset": data, "metrics": metrics}]
 
 
 def what(recipe: AnyRecipe, manifest: Mapping[str, Any], base: str, evaluation: Mapping[str, Any] | None) -> str:
@@ -279,14 +369,14 @@ def made(recipe: AnyRecipe, manifest: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in dig(manifest, "versions", default={}).items() if value)
     hashes = dig(manifest, "model", "sha256", default={})
     lines = ["## How it was made", "", "`attnconvert run recipe.yaml`, with every default filled in:", "", "```yaml"]
-    lines += [dump_recipe(_without_paths(recipe)).rstrip(), "```", ""]
+    lines += [dump_recipe(without_paths(recipe)).rstrip(), "```", ""]
     lines += [f"- weights `{name}`: sha256 `{value}`" for name, value in hashes.items()]
     if dig(manifest, "model", "revision"):
         lines.append(f"- revision `{manifest['model']['revision']}`")
     return "\n".join([*lines, f"- versions: {versions}", ""])
 
 
-def _without_paths(recipe: AnyRecipe) -> AnyRecipe:
+def without_paths(recipe: AnyRecipe) -> AnyRecipe:
     """Local paths cut to their last part: a published card tells nobody how a home directory is laid out."""
     model = recipe.model
     cut = {name: Path(path.name) for name in ("folder", "gguf") if (path := getattr(model, name)) is not None}
@@ -302,6 +392,18 @@ def _without_paths(recipe: AnyRecipe) -> AnyRecipe:
         if (side := getattr(text, name)).files
     }
     return recipe.model_copy(update={"model": model.model_copy(update=cut), "text": text.model_copy(update=sides)})
+
+
+def attachments(recipe: AnyRecipe, manifest: Mapping[str, Any], plan: Path) -> dict[str, str]:
+    """recipe.yaml, manifest.json and plan.yaml of a checkpoint: how it was made, without the paths of this machine.
+
+    `attnconvert reproduce` reads them.
+    """
+    told = {**manifest}
+    words = shlex.split(str(told.get("command", "")))
+    told["command"] = shlex.join("=".join(map(_shortened, word.split("="))) for word in words)
+    found = {"recipe.yaml": dump_recipe(without_paths(recipe)), "manifest.json": json.dumps(told, indent=1) + "\n"}
+    return found | ({"plan.yaml": plan.read_text(encoding="utf-8")} if plan.is_file() else {})
 
 
 def _shortened(name: str) -> str:

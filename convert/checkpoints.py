@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .errors import AssetMissing, UsageError
+from .errors import AssetMissing, PreflightError, UsageError
 from .files import read_json
 from .integrity import check_sums
 
@@ -20,6 +22,8 @@ log = logging.getLogger("attnconvert")
 NAME = "attnconvert"  # the block of a config.json
 MODELING = f"modeling_{NAME}"  # the file with a denoiser's class, which a pipeline's index names as its library
 INDEX = "model_index.json"
+LEAST = {"transformers": (5, 17), "diffusers": (0, 42)}  # as in pyproject.toml: the code was run with these and later
+BLOCK = f"{NAME}.json"  # the same block, of a checkpoint whose config.json is a stock one or that has none
 
 
 def components(pipeline: Path) -> dict[str, list[str]]:
@@ -41,35 +45,82 @@ def model_folder(folder: Path) -> Path:
     return folder / denoiser_part(folder)
 
 
+def block_of(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of its conversion: base class, operators, sites; None where the folder is none of ours.
+
+    Raises:
+        AssetMissing: the block is damaged.
+    """
+    if (folder / BLOCK).is_file():
+        where, found = folder / BLOCK, read_json(folder / BLOCK)
+    else:
+        where = model_folder(folder) / "config.json"
+        config = read_json(where) if where.is_file() else None
+        if not isinstance(config, dict) or NAME not in config:
+            return None
+        found = config[NAME]
+    if not isinstance(found, dict) or not isinstance(found.get("format"), int):
+        raise AssetMissing(f"{where} is damaged: its block {NAME} has no format; export or fetch it again")
+    return found
+
+
+def form_of(folder: Path) -> str:
+    """How a checkpoint was exported: remote (with its code), stock (no code), adapter (beside its base model)."""
+    return str((block_of(folder) or {}).get("form", "remote"))
+
+
 def is_exported(folder: Path) -> bool:
     """Whether the folder is a checkpoint that `export` wrote."""
-    config = model_folder(folder) / "config.json"
-    return config.is_file() and isinstance(read_json(config), dict) and NAME in read_json(config)
+    return block_of(folder) is not None
 
 
 def is_denoiser(folder: Path) -> bool:
     """Whether an exported checkpoint is of an image or video model."""
-    return "_class_name" in read_json(model_folder(folder) / "config.json")
+    config = model_folder(folder) / "config.json"
+    return config.is_file() and "_class_name" in read_json(config)
+
+
+def require_library(name: str) -> None:
+    """Refuse a version of transformers or diffusers that is older than what the code was run with.
+
+    Raises:
+        PreflightError: it is older, or absent.
+    """
+    least = ".".join(map(str, LEAST[name]))
+    try:
+        found = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        raise PreflightError(f"the package {name} is not installed: pip install '{name}>={least}'") from None
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < LEAST[name]:
+        raise PreflightError(f"{name} {found} is installed, and {least} or later is needed: pip install -U {name}")
 
 
 def require_whole(folder: Path) -> None:
     """Refuse a checkpoint that a newer attnconvert wrote, or that is not what was exported.
 
     Raises:
-        UsageError: it is none of ours, or newer. AssetMissing: a file has changed or is gone.
+        UsageError: it is none of ours, or newer, or has operators that are not known here. AssetMissing: a file has
+            changed or is gone. PreflightError: the library beneath is too old.
     """
+    from ..kernels.spec import OPERATORS
     from .hosts.sites import FORMAT
 
-    if not is_exported(folder):
+    block = block_of(folder)
+    if block is None:
         raise UsageError(f"{folder} is no checkpoint that attnconvert exported")
-    block = read_json(model_folder(folder) / "config.json")[NAME]
-    if not isinstance(block, dict) or not isinstance(block.get("format"), int):
-        raise AssetMissing(f"{model_folder(folder)}/config.json is damaged: its block {NAME} has no format")
     if block["format"] > FORMAT:
         raise UsageError(
             f"{folder} was exported by attnconvert {block.get('version', '?')} in format {block['format']}, this one "
             f"reads {FORMAT}: pip install -U attnconvert, or load it with trust_remote_code=True"
         )
+    for spec in block.get("operators", {}).values():
+        name = spec.get("operator") if isinstance(spec, dict) else spec
+        if name not in OPERATORS:
+            raise UsageError(
+                f"{folder} has the operator {name!r}, which attnconvert here does not have (it was exported by "
+                f"{block.get('version', '?')}): pip install -U attnconvert, or load what brings that operator first"
+            )
+    require_library("diffusers" if is_denoiser(folder) else "transformers")
     if not check_sums(folder):
         log.warning("%s has no SHA256SUMS: whether it is what was exported cannot be told", folder)
 

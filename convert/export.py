@@ -25,6 +25,8 @@ from .probing import ask, check_script, probe_inputs
 
 CONFIGURATION = '''"""The configuration of a converted {base}."""
 
+{guard}
+
 from transformers import {config}
 
 
@@ -42,15 +44,25 @@ from .configuration_attnconvert import {converted_config}
 
 if TYPE_CHECKING:  # never run: transformers fetches the files that a module names, and some load only when needed
 {imports}
-
+{operators}
 {converted} = converted_model({base}, {converted_config})
 '''
 
 
 def export(
-    student: Any, tokenizer: Any, plan: Mapping[Site, Sequence[Spec]], folder: Path, card: str, dtype: str | None
+    student: Any,
+    tokenizer: Any,
+    plan: Mapping[Site, Sequence[Spec]],
+    folder: Path,
+    card: str,
+    dtype: str | None,
+    attached: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the checkpoint of a student whose plan is installed and whose adapters are merged."""
+    """Write the checkpoint of a student whose plan is installed and whose adapters are merged, with its code.
+
+    Args:
+        tokenizer: None for a model that has none; attached: further files by name, such as the recipe.
+    """
     learned = {name for name, _ in student.named_parameters() if f".{NAME}." in name}
     if dtype is not None:
         for name, p in student.named_parameters():
@@ -71,7 +83,7 @@ def export(
         loader(base.__name__): f"modeling_{NAME}.{converted}",
     }
     write_json(folder / "config.json", config)
-    _keep_beside(Path(str(student.config._name_or_path)), folder)
+    keep_beside(Path(str(student.config._name_or_path)), folder)
     names = {
         "base": base.__name__,
         "config": base.config_class.__name__,
@@ -79,15 +91,15 @@ def export(
         "converted_config": converted_config,
     }
     templates = {f"configuration_{NAME}.py": CONFIGURATION, f"modeling_{NAME}.py": MODELING}
-    write_runtime(folder, "transformers", templates, names)
-    finish(folder, card)
+    write_runtime(folder, "transformers", [spec for groups in plan.values() for spec in groups], templates, names)
+    finish(folder, card, attached)
 
 
 BESIDE = ("modules", "sentence_bert_config", "config_sentence_transformers")  # of sentence-transformers
 PROCESSING = ("preprocessor_config", "processor_config", "video_preprocessor_config")  # of images and sound
 
 
-def _keep_beside(source: Path, folder: Path) -> None:
+def keep_beside(source: Path, folder: Path) -> None:
     """What says how tokens are pooled, and how images and sound become inputs."""
     own = [source / f"{name}.json" for name in (*BESIDE, *PROCESSING)]
     for file in [*own, *sorted(source.glob("[0-9]_*/*"))]:

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from .. import __version__
-from ..kernels.spec import Spec, nested
+from ..kernels.spec import Spec, nested, spec_from_dict
 from .checkpoints import INDEX, MODELING, components, denoiser_part
 from .errors import UsageError
 from .export_runtime import VerificationFailed, finish, load_elsewhere, relative_error, write_runtime
@@ -39,21 +39,24 @@ TEMPLATE = '''"""{base} with the operators that config.json names under `attncon
 
 from typing import TYPE_CHECKING
 
+{guard}
+
 from diffusers import {base}
 
 from .{runtime}_host import code_beside, converted_model
 
 if TYPE_CHECKING:  # never run: diffusers fetches the files that a module names, and some load only when needed
 {imports}
-
+{operators}
 {converted} = converted_model({base}, code_beside(__file__))
 '''
 
 
 def write_code(folder: Path, base: str) -> None:
-    """The code that loads a converted denoiser of a stock class."""
+    """The code that loads a converted denoiser of a stock class, whose config.json is in the folder already."""
     names = {"base": base, "converted": f"{PREFIX}{base}"}
-    write_runtime(folder, "diffusers", {f"{MODELING}.py": TEMPLATE}, names)
+    specs = [spec_from_dict(given) for given in read_json(folder / "config.json")[NAME]["operators"].values()]
+    write_runtime(folder, "diffusers", specs, {f"{MODELING}.py": TEMPLATE}, names)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -67,12 +70,14 @@ def export_images(
     dtype: str | None,
     pipeline: Path | None = None,
     part: str = "transformer",
+    attached: Mapping[str, str] | None = None,
 ) -> None:
     """Write the checkpoint of a student whose plan is installed and whose adapters are merged.
 
     Args:
         pipeline: folder of the pipeline that the model came from; where `whole_pipeline` says so it comes along, with
             the student as its component `part`.
+        attached: further files by name, such as the recipe.
 
     Raises:
         UsageError: the student has an adapter that is not merged.
@@ -95,7 +100,7 @@ def export_images(
         assert pipeline is not None
         _complete_pipeline(pipeline, part, f"{PREFIX}{base}", folder)
     _keep_licences(pipeline or student.config.get("_name_or_path"), folder)
-    finish(folder, card)
+    finish(folder, card, attached)
 
 
 def whole_pipeline(pipeline: Path | None, part: str) -> bool:

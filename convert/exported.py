@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from . import evaluation
-from .checkpoints import is_denoiser, model_folder, require_whole, weights_dtype
+from .checkpoints import block_of, form_of, is_denoiser, model_folder, require_whole, weights_dtype
+from .errors import UsageError
 from .files import read_json
 from .machine import hardware
 from .progress import Track, silent
@@ -16,13 +17,26 @@ from .recipe_inputs import ModelSource
 from .sources import fetch_model, load_model
 
 
-def load_exported(folder: Path, track: Track = silent) -> Any:
-    """The model of a checkpoint that `export` wrote, its conversion installed.
+def load_exported(folder: Path, track: Track = silent, base: ModelSource | None = None) -> Any:
+    """The model of a checkpoint of any form that `export` wrote, its conversion installed (`model.conversion`).
+
+    A stock checkpoint becomes the class that it was converted from, with our operators, which are faster than masks. An
+    adapter's base model is fetched from where it came from, or taken from `base`.
 
     Raises:
-        AssetMissing: it is damaged, or a file is not what was exported. UsageError: a newer attnconvert wrote it.
+        AssetMissing: it is damaged, or a file is not what was exported, or an adapter's base is not to be had or
+            another one. UsageError: a newer attnconvert wrote it. PreflightError: transformers is too old.
     """
     require_whole(folder)
+    form = form_of(folder)
+    if base is not None and form != "adapter":
+        raise UsageError(f"{folder} holds its own weights ({form}): leave the base model away")
+    if form == "adapter":
+        from .export_adapter import load_adapter
+
+        return load_adapter(folder, base, track)
+    if form == "stock":
+        return _original(folder)
     if is_denoiser(folder):
         from .denoiser_sources import fetch_denoiser, load_denoiser
 
@@ -31,6 +45,24 @@ def load_exported(folder: Path, track: Track = silent) -> Any:
         return load_denoiser(fetch_denoiser(source, track=track), source)
     source = ModelSource(folder=folder.absolute(), dtype=read_json(folder / "config.json")["dtype"])
     return load_model(fetch_model(source, track=track), source)[0]
+
+
+def _original(folder: Path) -> Any:
+    """The class that a stock checkpoint was converted from, with its weights and its plan."""
+    import torch
+    import transformers
+
+    from .hosts.sites import read_plan_block
+    from .hosts.transformers import convert
+
+    block = block_of(folder)
+    assert block is not None
+    kind = getattr(transformers, block["base"])
+    config = kind.config_class.from_dict(block["config"])
+    model = kind.from_pretrained(folder, config=config, dtype=getattr(torch, block["config"]["dtype"])).eval()
+    model.conversion = convert(model, read_plan_block(block))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.requires_grad_(False).to(device)
 
 
 def bench(

@@ -14,7 +14,7 @@ EXIT_CODES = {
     1: "a fault of attnconvert itself, or training that diverged",
     2: "a recipe, plan, argument or model that cannot be used as given",
     3: "the environment: memory, a full disk, a missing package",
-    4: "a gate of the recipe is missed; the checkpoint is written all the same",
+    4: "a gate of the recipe is missed, and the checkpoint is written all the same; or a run was not reproduced",
     5: "a model or text that is absent, damaged or cannot be reached",
     130: "interrupted with Ctrl-C; the same command continues",
     143: "ended by SIGTERM; the same command continues",

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .artefacts import dig, read_artefacts
-from .checkpoints import is_denoiser, is_exported, model_folder, weights_dtype
+from .checkpoints import BLOCK, block_of, form_of, is_denoiser, is_exported, model_folder, weights_dtype
 from .errors import UsageError
 from .files import read_json
 from .keys import STAGES, UPSTREAM, sections_of
 from .recipe import AnyRecipe, ModelSource
 from .report_html import duration
-from .runs import DONE, KEY, RECIPE, Run
+from .runs import DONE, KEY, RECIPE, Run, is_run
 
 if TYPE_CHECKING:
     from ..kernels.spec import Spec
@@ -171,7 +171,7 @@ def _loaded(source: ModelSource, track: Track) -> tuple[str, Any, list[Site]]:
     """A model's name, the model, and its sites: of text, or where its folder says so of diffusers."""
     from .sources import fetch_model, load_model
 
-    if _of_diffusers(source):
+    if of_diffusers(source):
         from .denoiser_sources import fetch_denoiser, load_denoiser
         from .hosts.denoisers import find_sites as of_denoiser
 
@@ -185,7 +185,7 @@ def _loaded(source: ModelSource, track: Track) -> tuple[str, Any, list[Site]]:
     return files.name, model, find_sites(model)
 
 
-def _of_diffusers(source: ModelSource) -> bool:
+def of_diffusers(source: ModelSource) -> bool:
     """Whether a model is an image or video model; of the hub its file list says it."""
     if source.shipped is not None:
         return True
@@ -217,8 +217,8 @@ def describe_plan(folder: Path) -> dict[str, Any]:
 
     plan, origin, dtype = _plan_of(folder)
     images = any(site.axes for site in plan)
-    run = folder if (folder / RECIPE).is_file() else folder.parent
-    found = read_artefacts(run) if (run / RECIPE).is_file() else None
+    run = folder if is_run(folder) else folder.parent
+    found = read_artefacts(run) if is_run(run) else None
     full = {site: [Full()] * site.kv_heads for site in plan}
     labels = [label(spec) for specs in plan.values() for spec in specs]
     if images:
@@ -273,10 +273,12 @@ def _plan_of(folder: Path) -> tuple[Mapping[Any, Any], Path, str]:
     from .profiling import Profile
 
     if is_exported(folder):
-        own = model_folder(folder)
-        config = read_json(own / "config.json")
-        dtype = weights_dtype(own) if is_denoiser(folder) else str(config.get("dtype"))
-        return read_plan_block(config["attnconvert"]), own / "config.json", dtype
+        own, block = model_folder(folder), block_of(folder)
+        assert block is not None
+        origin = next(path for path in (own / BLOCK, own / "config.json") if path.is_file())
+        told = block["model"]["source"] if form_of(folder) == "adapter" else read_json(own / "config.json")
+        dtype = weights_dtype(own) if is_denoiser(folder) else str(told.get("dtype"))
+        return read_plan_block(block), origin, dtype
     run = Run.open(folder)
     measured = run.folder("profile") / "profile.json"
     if not run.plan.exists() or not measured.exists():

@@ -59,7 +59,10 @@ def stage_key(stage: str, recipe: Mapping[str, Any], plan: Path) -> str:
 
 def sections_of(recipe: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """By stage the sections of the recipe that it reads; `recipe` is plain data."""
-    return IMAGE_SECTIONS if "images" in recipe else SECTIONS
+    known = IMAGE_SECTIONS if "images" in recipe else SECTIONS
+    if recipe.get("operators"):  # those of its own: what is measured of them is measured again where they change
+        known = {**known, "profile": (*known["profile"], "operators")}
+    return known
 
 
 def upstream(stage: str) -> tuple[str, ...]:
@@ -93,6 +96,8 @@ def _section(recipe: Mapping[str, Any], dotted: str) -> Any:
     value: Any = recipe
     for name in dotted.split("."):
         value = value[name]
+    if dotted == "operators":
+        return {name: sha256_file(Path(name)) for name in value if Path(name).is_file()}
     if dotted == "images":
         files = [Path(value[name]) for name in ("conditions", "prompts", "classifier") if value[name]]
         return {**value, "contents": {path.name: sha256_file(path) for path in files if path.is_file()}}

@@ -70,18 +70,17 @@ def inspect(
 
     [dim]Example:[/dim] attnconvert inspect runs/demo/export
     """
-    from . import inspection, tables
+    from . import inspection, runs, tables
     from .checkpoints import is_exported
-    from .runs import Run
     from .wording import IMAGES, TEXT
 
     terminal = Terminal(as_json=as_json, verbose=verbose, quiet=quiet)
     folder = Path(target)
-    is_run = (folder / "recipe.yaml").is_file()
+    is_run = runs.is_run(folder)
     if not is_run and not is_exported(folder):
         terminal.result(*_model(target, terminal))
         return
-    stages = inspection.stage_states(Run.open(folder)) if is_run else []
+    stages = inspection.stage_states(runs.Run.open(folder)) if is_run else []
     shown: list[Any] = [tables.stages_table(stages)] if is_run else []
     if is_run and not (folder / "plan.yaml").exists():
         terminal.result({"folder": target, "stages": stages}, *shown, Text("No plan yet."))

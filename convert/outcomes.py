@@ -10,6 +10,7 @@ from rich.text import Text
 
 from . import tables
 from .artefacts import read_artefacts
+from .checkpoints import form_of
 from .files import read_json
 from .inspection import describe_plan, stage_states
 from .report import REPORT
@@ -42,8 +43,11 @@ def outcome(run: Run, stage: str, width: int) -> tuple[Any, ...]:
         return document, Text(f"{settings.sequences} sequences of {settings.length} tokens in {folder}"), places(run)
     if stage == "distill":
         return {"arms": found.logs}, tables.training_table(found.logs), places(run)
-    checked = run.manifest()["metrics"].get("export") if run.recipe.export.verify else None
-    return {"checkpoint": str(folder), "verified": checked}, _verified(checked), places(run)
+    metrics = run.manifest()["metrics"]
+    checked = metrics.get("export") if run.recipe.export.verify else None
+    written = metrics.get("export_format", {"form": "remote", "why": "the only format of image and video models"})
+    told = Text(f"Exported as {written['form']}: {written['why']}.")
+    return {"checkpoint": str(folder), **written, "verified": checked}, told, verified(checked), places(run)
 
 
 def foreseen(recipe: AnyRecipe, folder: Path, until: str, track: Track) -> tuple[Any, ...]:
@@ -78,7 +82,7 @@ def summary(run: Run, ran: Sequence[str], evaluation: Mapping[str, Any]) -> tupl
     return document, *tables.evaluation_parts(evaluation), places(run)
 
 
-def _verified(checked: Any) -> Text:
+def verified(checked: Any) -> Text:
     if not checked:
         return Text("Written; export.verify is off, so it was not loaded again.")
     count = len(checked)
@@ -88,6 +92,10 @@ def _verified(checked: Any) -> Text:
         where = f" on grids of {sizes} tokens" if sizes else ""
         return Text(f"Loaded again in {count} clean processes: predictions differ by at most {worst:.1e}{where}.")
     worst = max(way["logits_error"] for way in checked.values())
+    if any("weights_equal" in way for way in checked.values()):  # of an adapter
+        return Text(
+            f"Loaded again in {count} clean processes: weights are equal, logits differ by at most {worst:.1e}."
+        )
     return Text(f"Loaded again in {count} clean processes: logits differ by at most {worst:.1e}, tokens are equal.")
 
 
@@ -98,15 +106,26 @@ def places(run: Run) -> Text:
         pairs.append(("plan", run.plan))
     if run.is_done("export"):
         folder = run.folder("export")
-        if run.recipe.kind == "images":
-            auto = "DiffusionPipeline" if (folder / "model_index.json").is_file() else "AutoModel"
-            auto = f"diffusers.{auto}"
-        else:
-            auto = next(name for name in read_json(folder / "config.json")["auto_map"] if name != "AutoConfig")
-        load = f'{auto}.from_pretrained("{folder}"'
-        pairs += [
-            ("checkpoint", folder),
-            ("load it", f"{load}, trust_remote_code=True)"),
-            ("or", f"import attnconvert{', diffusers' * (run.recipe.kind == 'images')}; {load})"),
-        ]
+        pairs += loading(folder, run.recipe.kind == "images")
     return tables.lines(pairs)
+
+
+def loading(folder: Path, images: bool = False) -> list[tuple[str, object]]:
+    """Where a checkpoint is and how it is loaded, as lines of a name and a text."""
+    form, anyhow = form_of(folder), f'attnconvert.load("{folder}")'
+    if form == "adapter":
+        return [("checkpoint", folder), ("load it", anyhow)]
+    if form == "stock":
+        load = f'AutoModelForCausalLM.from_pretrained("{folder}")'
+        return [("checkpoint", folder), ("load it", load), ("or", anyhow)]
+    if images:
+        auto = "DiffusionPipeline" if (folder / "model_index.json").is_file() else "AutoModel"
+        auto = f"diffusers.{auto}"
+    else:
+        auto = next(name for name in read_json(folder / "config.json")["auto_map"] if name != "AutoConfig")
+    load = f'{auto}.from_pretrained("{folder}"'
+    return [
+        ("checkpoint", folder),
+        ("load it", f"{load}, trust_remote_code=True)"),
+        ("or", f"import attnconvert{', diffusers' * images}; {load})"),
+    ]

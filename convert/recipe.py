@@ -158,6 +158,7 @@ def parse_recipe(text: str, origin: str, overrides: Sequence[str] = (), *, folde
             problems.append(Problem(origin=f"--set {override}", line=None, column=None, key="", message=problem))
     _make_absolute(located.data, Path.cwd())
     kind = schema_of(located.data)
+    problems += [_problem(path, message, origin, located, changed) for path, message in _register(located.data)]
     recipe: Any = None
     try:
         recipe = kind.model_validate(located.data)
@@ -167,6 +168,19 @@ def parse_recipe(text: str, origin: str, overrides: Sequence[str] = (), *, folde
         raise RecipeError(sorted(problems, key=lambda found: (found.line or 0, found.column or 0, found.origin)))
     made: AnyRecipe = recipe
     return made
+
+
+def _register(data: Mapping[Key, Any]) -> Iterator[tuple[tuple[Key, ...], str]]:
+    """Makes the operators of a recipe's own files known; what is wrong with a file, at its place."""
+    files_of = data.get("operators")
+    for index, file in enumerate(files_of if isinstance(files_of, list) else ()):
+        if isinstance(file, str) and file:
+            from ..kernels import outside  # with it torch, which recipes do not need otherwise
+
+            try:
+                outside.load(Path(file))
+            except Exception as error:  # whatever a foreign file raises
+                yield ("operators", index), one_line(error)
 
 
 def schema_of(data: Mapping[Key, Any]) -> type[Recipe] | type[ImageRecipe]:
@@ -261,6 +275,7 @@ def _make_absolute(data: dict[Key, Any], folder: Path) -> None:
 
     resolve(data.get("model"), "folder")
     resolve(data.get("model"), "gguf")
+    resolve(data, "operators")
     for name in ("conditions", "prompts", "classifier"):
         resolve(data.get("images"), name)
     text = data.get("text")

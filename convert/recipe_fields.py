@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from ..kernels.spec import OPERATORS, Spec, plain, spec_from_dict, spec_to_dict
+from ..kernels.spec import OPERATORS, Spec, operator_names, plain, spec_from_dict, spec_to_dict
 from .recipe_errors import did_you_mean, show
 
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -126,7 +126,7 @@ def _spec_findings(given: Any) -> Iterator[InitErrorDetails]:
         yield _located((), f"must be an operator such as {{operator: window, size: 128}}, not {show(given)}", given)
         return
     name = given.get("operator")
-    if not isinstance(name, str) or name not in OPERATORS:
+    if not isinstance(name, str) or (name not in OPERATORS and name not in operator_names()):
         where = ("operator",) if name is not None else ()
         yield _located(where, _refusal({"operator": str(name)} if where else {}), given)
         return
@@ -175,7 +175,7 @@ OperatorSpec = Annotated[
 ]
 
 
-def _layers(key: object) -> range | None:
+def layers_of(key: object) -> range | None:
     """The layers that a key such as 12 or "11-17" names."""
     match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", str(key))
     return range(int(match[1]), int(match[2] or match[1]) + 1) if match else None
@@ -192,7 +192,7 @@ def _explicit(given: Any) -> dict[int, Spec]:
         findings = list(_spec_findings(value)) if type(value) not in OPERATORS.values() else []
         wrong += [InitErrorDetails(type=f["type"], loc=(key, *f["loc"]), input=f["input"]) for f in findings]
         for part in str(key).split(","):
-            layers = _layers(part.strip())
+            layers = layers_of(part.strip())
             if not layers:
                 message = f"must be a layer (12), a range (11-17), or several with commas, not {show(key)}"
                 wrong.append(_located((key,), message, key))

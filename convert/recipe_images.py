@@ -23,6 +23,7 @@ from .recipe_fields import (
 )
 from .recipe_inputs import ModelSource
 from .recipe_schema import (
+    OPERATOR_FILES,
     Arm,
     ExportSettings,
     SelectSettings,
@@ -222,6 +223,7 @@ class ImageRecipe(Section):
     kind: ClassVar[Literal["images"]] = "images"  # tells the two kinds of recipe apart
     name: Name = Field(description="name of the recipe: small letters, digits, '.' and '-'")
     description: str = Field(default="", pattern=r"^[^\n]*$", description="one line about it")
+    operators: tuple[Path, ...] = Field(default=(), description=OPERATOR_FILES)
     model: ModelSource = Field(description="the pretrained denoiser, or the pipeline that it is part of")
     images: ImageSettings = Field(description="what it generates")
     profile: ImageProfile = Field(description="what is measured")
@@ -256,6 +258,11 @@ class ImageRecipe(Section):
             yield ("sample", "keep"), "keeps latents alone, and distill.transfer runs on trajectories"
         if "sample" in fields and "evaluate" in fields and fields["sample"].seed == fields["evaluate"].seed:
             yield ("evaluate", "seed"), "is that of the samples too: judge the result on other noise"
+        if "export" in fields and fields["export"].format in ("stock", "adapter"):
+            message = (
+                f"an image or video model is exported with its code: take remote or auto, not {fields['export'].format}"
+            )
+            yield ("export", "format"), message
         if "gates" in fields and "evaluate" in fields:
             yield from _untimed(fields["gates"], fields["evaluate"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -295,8 +296,21 @@ class Gates(Section):
 class ExportSettings(Section):
     """How the checkpoint is written."""
 
+    format: Literal["auto", "stock", "remote", "adapter"] = Field(
+        default="auto",
+        description="stock: no custom code; remote: with its code; adapter: beside the base model; auto: stock where "
+        "the plan is one of full and sliding-window layers, else remote",
+    )
     dtype: Dtype | None = Field(default=None, description="number type of the saved weights; null: as loaded")
     verify: Flag = Field(default=True, description="reload it in clean processes and compare the logits")
+
+    @classmethod
+    def conflicts(cls, fields: Mapping[str, Any]) -> Iterator[Conflict]:
+        if fields.get("format") == "adapter" and fields.get("dtype") is not None:
+            yield ("dtype",), "an adapter leaves the weights of its base model as they are: take it out"
+
+
+OPERATOR_FILES = "Python files that define operators of your own, from the recipe's folder"
 
 
 class Recipe(Section):
@@ -305,6 +319,7 @@ class Recipe(Section):
     kind: ClassVar[Literal["text"]] = "text"  # tells the two kinds of recipe apart
     name: Name = Field(description="name of the recipe: small letters, digits, '.' and '-'")
     description: str = Field(default="", pattern=r"^[^\n]*$", description="one line about it")
+    operators: tuple[Path, ...] = Field(default=(), description=OPERATOR_FILES)
     model: ModelSource = Field(description="the pretrained model")
     text: TextSources = Field(description="the text it is calibrated and judged on")
     profile: ProfileSettings = Field(default=ProfileSettings(), description="what is measured")

@@ -26,6 +26,7 @@ from typing import Any
 
 from .errors import AttnConvertError, UsageError
 from .files import PARTIAL, disk_errors, flush, remove_partial, sha256_file, write_json, write_text
+from .integrity import SUMS
 from .keys import STAGES, stage_key, upstream
 from .locks import LOCK, only_process
 from .machine import Meter, hardware, versions
@@ -35,6 +36,11 @@ FOLDERS = {"sample": "samples", "evaluate": "evaluation"}
 RECIPE, PLAN, MANIFEST, KEY, DONE = "recipe.yaml", "plan.yaml", "manifest.json", "key", "done.json"
 
 log = logging.getLogger("attnconvert")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run, and not a checkpoint, which has the recipe that made it beside its weights."""
+    return (folder / RECIPE).is_file() and not (folder / SUMS).is_file()
 
 
 class Run:
@@ -76,6 +82,8 @@ class Run:
     @classmethod
     def open(cls, folder: Path) -> Run:
         """The run in `folder`; UsageError if there is none."""
+        if (folder / SUMS).is_file():
+            raise UsageError(f"{folder} is an exported checkpoint, not a run directory: give the run that it came from")
         if not (folder / RECIPE).is_file():
             what = "has no recipe.yaml" if folder.is_dir() else "does not exist"
             raise UsageError(f"{folder} is no run directory, it {what}: start one with `attnconvert run RECIPE --out`")
@@ -194,6 +202,7 @@ class Run:
         if name == "select":
             self.plan.unlink(missing_ok=True)
         manifest = self.manifest()
+        manifest.get("files", {}).pop(name, None)
         if manifest["stages"].pop(name, None):
             write_json(self.path / MANIFEST, manifest)
         write_text(folder / KEY, _key_text(key, 0.0))
@@ -227,6 +236,9 @@ class Run:
             marker["plan"] = sha256_file(self.plan)
         manifest = self.manifest()
         manifest["stages"][name] = {field: value for field, value in marker.items() if field not in ("files", "plan")}
+        manifest.setdefault("files", {})[name] = files
+        if name == "select":
+            manifest["plan"] = marker["plan"]
         manifest["versions"] = versions()
         manifest["hardware"] = hardware()
         write_json(self.path / MANIFEST, manifest)
@@ -242,6 +254,8 @@ def _refuse_foreign(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file, not a folder: use another --out")
+    if (folder / SUMS).exists():
+        raise UsageError(f"{folder} is an exported checkpoint, not a run: use another --out")
     if (folder / RECIPE).exists():
         if not (folder / MANIFEST).exists():  # a person's own, which would be written over
             raise UsageError(f"{folder} holds a {RECIPE} but no run ({MANIFEST} is missing): use another --out")

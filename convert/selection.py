@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 TRIES = 10  # plans that are measured for keep_quality
 SECONDS = 10.0  # HiGHS's limit; the relaxation's plan stands in
 
-__all__ = ["Group", "Scores", "Selection", "require_profile", "retrieval_score", "select"]
+__all__ = ["Group", "Scores", "Selection", "needs_model", "require_profile", "retrieval_score", "select"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,11 @@ def select(
     chosen = Chosen(known[solution.choice])
     seconds = time.perf_counter() - start
     return _selection(task, chosen, model, seconds, (program, known, solution, losses), measured)
+
+
+def needs_model(settings: SelectSettings) -> bool:
+    """Whether whole plans must be measured, which no profile can stand in for."""
+    return bool(settings.rounds) or settings.keep_quality is not None or settings.method == "restore"
 
 
 def require_profile(profile: Profile, identity: Mapping[str, Any], candidates: Sequence[Spec]) -> None:

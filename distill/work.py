@@ -16,21 +16,12 @@ from ..convert.costs_measure import here, measure_costs
 from ..convert.denoiser_sources import CONDITIONS, fetch_denoiser, load_denoiser
 from ..convert.errors import UsageError
 from ..convert.files import read_json, write_json
-from ..convert.hosts.models import (
-    find_sites,
-    has_head,
-    is_encoder,
-    positions_of,
-    require_direction,
-    require_positions,
-    require_text,
-)
+from ..convert.hosts.models import has_head, is_encoder, positions_of, require_direction, require_text
 from ..convert.hosts.sites import Site
+from ..convert.hosts.surgery import find_sites
 from ..convert.machine import versions
-from ..convert.passages import passages
 from ..convert.plan import Plan, read_plan
 from ..convert.progress import Track, silent
-from ..convert.recipe_schema import TransferSettings
 from ..convert.sources import (
     Document,
     ModelFiles,
@@ -39,10 +30,9 @@ from ..convert.sources import (
     read_texts,
     refuse_overlap,
 )
-from ..convert.text import Cases, Needles, Samples, Texts, frame, needles, sequences
-from ..kernels import operators
-from ..kernels.spec import label
-from .loop import fit_operators, load_student
+from ..convert.text import Cases, Needles, Samples, Texts
+from . import measuring
+from .loop import load_student
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -130,12 +120,9 @@ class Work:
 
     @cached_property
     def sites(self) -> list[Site]:
-        if self.recipe.kind == "images":
-            from ..convert.hosts.denoisers import find_sites as of_denoiser
-
-            return of_denoiser(self.model)
         sites = find_sites(self.model)
-        require_direction(self.model, sites)
+        if self.recipe.kind != "images":
+            require_direction(self.model, sites)
         return sites
 
     @cached_property
@@ -146,16 +133,9 @@ class Work:
     def heldout(self) -> list[Document]:
         return read_texts(self.of_text.text.heldout, track=self.track)
 
-    def needles(self, settings: NeedleSettings, documents: Sequence[Document], seed: int) -> Needles:
-        return needles(self.tokenizer, documents, settings.template, settings.cases, settings.length, seed)
-
     def cases(self, settings: NeedleSettings, documents: Sequence[Document], seed: int) -> Cases:
         """What damage is measured on: needle tasks, or for an encoder passages that a search should find."""
-        if not is_encoder(self.model):
-            return self.needles(settings, documents, seed)
-        require_positions(self.model, settings.length)
-        how = settings.template, settings.cases, settings.length, seed
-        return passages(self.model, self.tokenizer, documents, *how)
+        return measuring.damage_cases(self.model, self.tokenizer, documents, settings, seed)
 
     def sequences(self, documents: Sequence[Document], count: int, length: int, seed: int) -> Tensor:
         """(n, S) tokens, framed as the model expects them.
@@ -163,9 +143,7 @@ class Work:
         Raises:
             UsageError: the text is too short, or the model has no positions for so many tokens.
         """
-        require_positions(self.model, length)
-        around = frame(self.tokenizer) if is_encoder(self.model) else None
-        return sequences(self.tokenizer, documents, count, length, seed, around)
+        return measuring.framed(self.model, self.tokenizer, documents, count, length, seed)
 
     def check_heldout(self) -> None:
         """Whether evaluation will have the text it needs: better said now than after hours of training.
@@ -214,10 +192,9 @@ class Work:
 
     def retrieval_tasks(self) -> list[Needles]:
         """Further tasks for the retrieval scores, of language models alone."""
-        if self.recipe.kind == "images" or is_encoder(self.model):
+        if self.recipe.kind == "images":
             return []
-        settings = self.of_text.profile
-        return [self.needles(task, self.calibration, settings.seed) for task in settings.retrieval]
+        return measuring.retrieval_tasks(self.model, self.tokenizer, self.calibration, self.of_text.profile)
 
     def profile_data(self) -> dict[str, Any]:
         """What the profile was measured on, as it is told in its file."""
@@ -286,14 +263,10 @@ class Work:
     @cached_property
     def learned(self) -> dict[tuple[str, str], nn.Module]:
         """What the candidates that learn come to in a brief attention transfer on the texts of the profile."""
-        settings, found = self.recipe.profile, {}
-        brief = TransferSettings(steps=settings.transfer_steps)
-        for spec in settings.candidates:
-            if operators.of(spec).parameters(spec, 1, 1, 1) is None:
-                continue
-            folder, texts = self.run.folder("profile") / f"fit-{label(spec)}", self.profile_samples
-            found.update(fit_operators(self.model, self.sites, spec, texts, brief, settings.seed, folder, self.track))
-        return found
+        settings, folder = self.recipe.profile, self.run.folder("profile")
+        if not measuring.that_learn(settings.candidates):
+            return {}  # the samples are drawn for those that learn
+        return measuring.fit_candidates(self.model, self.sites, settings, self.profile_samples, folder, self.track)
 
     def plans(self) -> dict[str, Plan]:
         """The plan of every arm, the student's first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -29,7 +30,7 @@ from . import (
 )
 from .call import Call, Cost, Shape
 from .problem import Part
-from .spec import Spec
+from .spec import OPERATORS, Spec
 
 FILES: dict[str, ModuleType] = {
     "full": full,
@@ -45,6 +46,9 @@ FILES: dict[str, ModuleType] = {
     "agent": agent,
     "timed": timed,
 }
+
+
+NEEDED = ("reference", "prefill_cost", "decode_cost", "state_size")  # of every operator, beside attend or piece
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,34 @@ class Use:
     learned: nn.Module | None = None
 
 
+def file_of(name: str) -> ModuleType:
+    """The module with the functions of an operator: one of ours, or the one that registered its spec.
+
+    Raises:
+        ValueError: a function that every operator needs is missing there.
+    """
+    if name in FILES:
+        return FILES[name]
+    file = sys.modules[OPERATORS[name].__module__]
+    missing = [each for each in NEEDED if not hasattr(file, each)]
+    if not hasattr(file, "attend") and not hasattr(file, "piece"):
+        missing.append("attend")
+    if missing:
+        where = getattr(file, "__file__", None) or file.__name__
+        raise ValueError(f"operator {name!r} lacks {', '.join(missing)}: define them in {where}, beside its spec")
+    return file
+
+
+def _nothing(spec: Spec, heads: int, kv_heads: int, dim: int) -> nn.Module | None:
+    """The parameters of an operator that has none."""
+    return None
+
+
 def of(spec: Spec) -> Operator:
     """The implementation of a spec."""
-    file = FILES[spec.operator]
-    return Operator(**{name: getattr(file, name) for name in Operator.__dataclass_fields__})
+    file = file_of(spec.operator)
+    needed = {name: getattr(file, name) for name in NEEDED}
+    return Operator(**needed, parameters=getattr(file, "parameters", _nothing))
 
 
 def attend(
@@ -120,7 +148,7 @@ def _differentiable(uses: Sequence[Use], *tensors: Tensor) -> bool:
 
 
 def _file(use: Use) -> ModuleType:
-    return FILES[use.spec.operator]
+    return file_of(use.spec.operator)
 
 
 def _heads(groups: Sequence[int], q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor, Call]:

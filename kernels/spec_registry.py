@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from .masks_checks import check_count
@@ -12,21 +13,55 @@ from .masks_checks import check_count
 Spec = Any  # one of the dataclasses in `spec` and `spec_grid`; `OPERATORS` lists them
 S = TypeVar("S")
 OPERATORS: dict[str, type] = {}
+OUTSIDE = "attnconvert.operators"  # entry points of packages: operator's name → the module that registers it
 FEATURE_MAPS = ("hedgehog", "elu1", "softmax")  # of linear attention; the hybrid has the first
 QUIET = {"quiet": True}  # of a field: its default goes without saying, in labels and in dicts
 
 
 def operator(name: str) -> Callable[[type[S]], type[S]]:
-    """Register a spec class under the name that recipes and plans use."""
+    """Register a spec class under the name that recipes and plans use.
+
+    The functions of an operator of ours are in the file that `operators.FILES` names, those of any other in the file of
+    its spec class. A class that takes the place of its own earlier self, as where a file is run again, is no duplicate.
+    """
 
     def register(cls: type[S]) -> type[S]:
-        if name in OPERATORS:
-            raise ValueError(f"operator {name!r} is registered twice: {OPERATORS[name].__name__} and {cls.__name__}")
+        there = OPERATORS.get(name)
+        if there is not None and (there.__module__, there.__qualname__) != (cls.__module__, cls.__qualname__):
+            places = " and ".join(f"{one.__module__}.{one.__qualname__}" for one in (there, cls))
+            raise ValueError(f"operator {name!r} is registered twice: {places}")
         OPERATORS[name] = cls
         cls.operator = name  # type: ignore[attr-defined]
         return cls
 
     return register
+
+
+def spec_class(name: str) -> type | None:
+    """The spec class of an operator, None where there is none. A package that offers it is imported for it.
+
+    Raises:
+        ValueError: the package cannot be imported, or does not register what it offers.
+    """
+    if name not in OPERATORS:
+        for point in _offered():
+            if point.name == name:
+                try:
+                    point.load()
+                except (ImportError, AttributeError) as error:
+                    raise ValueError(f"operator {name!r} is offered by {point.value}: {error}") from error
+                if name not in OPERATORS:
+                    raise ValueError(f"operator {name!r} is offered by {point.value}, which does not register it")
+    return OPERATORS.get(name)
+
+
+def operator_names() -> list[str]:
+    """Every operator that there is, those of installed packages too."""
+    return sorted({*OPERATORS, *(point.name for point in _offered())})
+
+
+def _offered() -> list[EntryPoint]:
+    return list(entry_points(group=OUTSIDE))
 
 
 def is_spec(value: object) -> bool:
@@ -43,12 +78,11 @@ def spec_from_dict(given: Mapping[str, Any]) -> Spec:
     settings = dict(given)
     name = settings.pop("operator", None)
     if name is None:
-        raise ValueError(f"operator is missing: name one of {', '.join(sorted(OPERATORS))}")
-    if name not in OPERATORS:
-        raise ValueError(
-            f"no operator {name!r}{_suggest(str(name), OPERATORS)}; known are {', '.join(sorted(OPERATORS))}"
-        )
-    cls = OPERATORS[name]
+        raise ValueError(f"operator is missing: name one of {', '.join(operator_names())}")
+    cls = spec_class(str(name))
+    if cls is None:
+        every = operator_names()
+        raise ValueError(f"no operator {name!r}{_suggest(str(name), every)}; known are {', '.join(every)}")
     fields = [f.name for f in dataclasses.fields(cls)]
     for key in settings:
         if key not in fields:

@@ -148,3 +148,14 @@ def test_what_was_not_measured_is_left_out(recipe: Recipe) -> None:
     arms, rows = figures(partly)
     assert arms == ["teacher", "student"]
     assert all(len(row) == 3 for row in rows)
+
+
+def test_the_card_of_each_format_says_how_it_loads():
+    recipe = load_recipe("smollm2-135m-window")
+    stock = model_card(recipe, MANIFEST, "LlamaForCausalLM", EVALUATION, "stock", "an engine ignores it")
+    assert "trust_remote_code=True" not in stock
+    assert "an engine ignores it" in stock
+    adapter = model_card(recipe, MANIFEST, "LlamaForCausalLM", EVALUATION, "adapter")
+    assert front_matter(adapter)["library_name"] == "peft"
+    assert "**not the\nconverted model**" in adapter
+    assert "trust_remote_code=True" in model_card(recipe, MANIFEST, "LlamaForCausalLM", EVALUATION)

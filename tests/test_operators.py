@@ -1,14 +1,15 @@
 """Every operator against its dense fp64 reference: values, gradients, and the same result however it is fed."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from test_grid_operators import SPECS as ON_GRIDS
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnconvert.kernels import custom_ops, operators, top_blocks
-from attnconvert.kernels.call import Call, Shape, map_state, state_bytes
+from attnconvert.kernels import custom_ops, operators, outside, top_blocks
+from attnconvert.kernels.call import Shape, state_bytes
 from attnconvert.kernels.full import FullState
 from attnconvert.kernels.retention import RetentionState
 from attnconvert.kernels.spec import (
@@ -23,6 +24,7 @@ from attnconvert.kernels.spec import (
     spec_from_dict,
     spec_to_dict,
 )
+from attnconvert.kernels.testing import call_of, cases, feed, learned_of, left_padded, make, named, rules
 from attnconvert.kernels.top_blocks import BlocksState
 
 SPECS = [Full(), Window(size=5, sinks=2), Window(size=1, sinks=0), Window(size=200, sinks=3), Linear()]
@@ -31,38 +33,17 @@ SPECS += [Span(size=5, growth=0.5, sinks=2), Span(size=2, growth=0.9, sinks=0)]
 SPECS += [TopBlocks(keep=2, block=32, rows=16), TopBlocks(keep=3, block=32, rows=16)]
 SPECS += [Hybrid(window=6, sinks=2), Hybrid(window=3, sinks=0), Hybrid(window=150, sinks=4)]
 MORE = [Linear(), Hybrid(window=16, sinks=2), Retention(window=16, keep=5, sinks=2, block=4)]
-SHAPES = [(1, 4, 2, 1, 8), (2, 3, 1, 37, 16), (1, 2, 2, 131, 8), (1, 4, 2, 300, 8)]  # B, H, Hk, S, D
-ARCHITECTURES = [{}, {"softcap": 3.0}, {"sinks": True}]
+OWN = Path(__file__).parents[1] / "docs" / "examples" / "taylor.py"  # an operator from outside, as the docs show it
 
 
-def make(shape, seed=0, dtype=torch.float64):
-    batch, heads, kv_heads, length, dim = shape
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v = (
-        torch.randn(batch, h, length, dim, generator=generator, dtype=dtype) for h in (heads, kv_heads, kv_heads)
-    )
-    return q, k, v
+@pytest.mark.parametrize(("spec", "rule"), [(spec, rule) for spec in SPECS for rule in rules(spec)], ids=named)
+def test_every_operator_keeps_every_rule(spec, rule):
+    rule(spec)
 
 
-def learned_of(spec, shape, dtype=torch.float64):
-    torch.manual_seed(1)
-    learned = operators.of(spec).parameters(spec, shape[1], shape[2], shape[4])
-    if learned is not None:
-        learned = learned.to(dtype)
-        for p in learned.parameters():
-            p.data += 0.3 * torch.randn_like(p)
-    return learned
-
-
-def call_of(shape, valid=None, softcap=None, sinks=False, **more):
-    sink_logits = torch.linspace(-1, 1, shape[1], dtype=torch.float64) if sinks else None
-    return Call(scale=shape[4] ** -0.5, valid=valid, softcap=softcap, sink_logits=sink_logits, **more)
-
-
-def left_padded(shape):
-    valid = torch.ones(shape[0], shape[3], dtype=torch.bool)
-    valid[0, : shape[3] // 3] = False
-    return valid
+@pytest.mark.parametrize(("spec", "rule"), cases(*outside.load(OWN)), ids=named)
+def test_an_operator_from_outside_keeps_every_rule(spec, rule):
+    rule(spec)
 
 
 def contents(state):
@@ -85,38 +66,6 @@ def contents(state):
 
 
 @torch.no_grad()
-def feed(spec, q, k, v, call, sizes, learned):
-    """The outputs when the sequence arrives in pieces of these sizes."""
-    state, parts, seen = None, [], 0
-    for size in sizes:
-        new = [x[:, :, seen : seen + size] for x in (q, k, v)]
-        valid = None if call.valid is None else call.valid[:, : seen + size]
-        part = Call(**{**vars(call), "seen": seen, "valid": valid})
-        o, state = operators.attend(spec, *new, part, state, learned)
-        parts.append(o)
-        seen += size
-    return torch.cat(parts, 2), state
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=label)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
-@pytest.mark.parametrize("padded", [False, True])
-def test_fast_version_equals_the_reference(spec, shape, architecture, padded):
-    if isinstance(spec, Linear) and architecture:
-        pytest.skip("linear attention has no logits to cap")
-    q, k, v = make(shape)
-    call = call_of(shape, left_padded(shape) if padded else None, **architecture)
-    learned = learned_of(spec, shape)
-    want = operators.of(spec).reference(spec, q, k, v, call, learned)
-    got, _ = operators.attend(spec, q, k, v, call, None, learned)
-    real = (
-        torch.ones_like(want, dtype=torch.bool) if call.valid is None else call.valid[:, None, :, None].expand_as(want)
-    )
-    torch.testing.assert_close(got[real], want[real], atol=1e-10, rtol=1e-10)
-    assert torch.isfinite(got).all()
-
-
 @pytest.mark.parametrize("spec", SPECS, ids=label)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("sizes", [[1] * 37, [17, 1, 1, 9, 9], [30, 7], [2, 35]], ids=str)
@@ -151,55 +100,7 @@ def test_blocks_chosen_by_score_agree_however_they_arrive(padded, hole):
     torch.testing.assert_close(contents(state), contents(end), atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=label)
-def test_left_padding_changes_nothing_for_the_real_tokens(spec):
-    shape = (1, 4, 2, 40, 8)
-    q, k, v = make(shape)
-    learned = learned_of(spec, shape)
-    plain, _ = operators.attend(spec, q, k, v, call_of(shape), None, learned)
-    q, k, v = (torch.cat([torch.full_like(x[:, :, :11], 7.0), x], 2) for x in (q, k, v))
-    valid = torch.arange(51)[None] >= 11
-    padded, _ = operators.attend(spec, q, k, v, call_of(shape, valid), None, learned)
-    torch.testing.assert_close(padded[:, :, 11:], plain, atol=1e-10, rtol=1e-10)
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=label)
-def test_gradients_equal_those_of_the_reference(spec):
-    shape = (2, 4, 2, 23, 8)
-    call = call_of(shape, left_padded(shape))
-    learned = learned_of(spec, shape)
-    weights = torch.randn(2, 4, 23, 8, dtype=torch.float64) * call.valid[:, None, :, None]
-    found = []
-    for run in (operators.of(spec).reference, lambda *a: operators.attend(*a[:5], None, a[5])[0]):
-        inputs = [x.clone().requires_grad_() for x in make(shape)]
-        trained = list(learned.parameters()) if learned is not None else []
-        loss = (run(spec, *inputs, call, learned) * weights).sum()
-        found.append(torch.autograd.grad(loss, inputs + trained))
-    for want, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
-
-
 BOTH_WAYS = [spec for spec in SPECS if not isinstance(spec, Retention)]
-
-
-@pytest.mark.parametrize("spec", BOTH_WAYS, ids=label)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("padded", [False, True])
-def test_rows_that_read_both_ways_equal_the_reference_with_gradients(spec, shape, padded):
-    call = call_of(shape, left_padded(shape).flip(1) if padded else None, causal=False)
-    learned = learned_of(spec, shape)
-    real = torch.ones(shape[0], shape[3], dtype=torch.bool) if call.valid is None else call.valid
-    weights = torch.randn(shape[0], shape[1], shape[3], shape[4], dtype=torch.float64) * real[:, None, :, None]
-    outputs, gradients = [], []
-    for run in (operators.of(spec).reference, lambda *a: operators.attend(*a[:5], None, a[5])[0]):
-        inputs = [x.clone().requires_grad_() for x in make(shape)]
-        outputs.append(run(spec, *inputs, call, learned) * (weights != 0))
-        trained = list(learned.parameters()) if learned is not None else []
-        found = torch.autograd.grad((outputs[-1] * weights).sum(), inputs + trained, allow_unused=True)
-        gradients.append([torch.zeros(()) if x is None or not x.any() else x for x in found])
-    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-10, rtol=1e-10)
-    for want, got in zip(*gradients, strict=True):
-        torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("spec", BOTH_WAYS, ids=label)
@@ -216,28 +117,6 @@ def test_retention_needs_an_order():
     shape = (1, 4, 2, 20, 8)
     with pytest.raises(ValueError, match="both ways"):
         operators.attend(Retention(), *make(shape), call_of(shape, causal=False))
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=label)
-def test_bf16_is_as_close_as_sdpa_math_allows(spec):
-    shape = (1, 4, 2, 150, 16)
-    q, k, v = make(shape)
-    learned = learned_of(spec, shape)
-    exact = operators.of(spec).reference(spec, q, k, v, call_of(shape), learned)
-    low = [x.bfloat16() for x in (q, k, v)]
-    rounded = operators.of(spec).reference(spec, *[x.double() for x in low], call_of(shape), learned)
-    got, _ = operators.attend(spec, *low, call_of(shape), None, None if learned is None else learned.float())
-    assert got.dtype == torch.bfloat16
-    assert (got.double() - exact).abs().max() <= 2 * (rounded - exact).abs().max() + 0.01
-
-
-def test_huge_logits_and_rows_that_see_nothing_stay_finite():
-    shape = (2, 4, 2, 29, 8)
-    for spec in SPECS:
-        q, k, v = (x * 1e4 for x in make(shape))
-        call = call_of(shape, torch.zeros(2, 29, dtype=torch.bool))
-        o, _ = operators.attend(spec, q, k, v, call, None, learned_of(spec, shape))
-        assert torch.equal(o, torch.zeros_like(o)), label(spec)
 
 
 def test_a_window_that_covers_everything_is_full_attention():
@@ -264,20 +143,6 @@ def test_a_cache_has_little_room_to_spare():
     _, state = feed(Full(), q, k, v, call_of(shape), [400] + [1] * 300, None)
     assert state.length == 700
     assert state.k.shape[2] <= 716
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=label)
-def test_states_follow_the_batch(spec):
-    shape = (3, 4, 2, 20, 8)
-    q, k, v = make(shape)
-    learned = learned_of(spec, shape)
-    order = torch.tensor([2, 0, 0])
-    _, state = operators.attend(spec, *[x[:, :, :19] for x in (q, k, v)], call_of(shape), None, learned)
-    state = map_state(state, lambda x: x.index_select(0, order))
-    last = [x[order][:, :, 19:] for x in (q, k, v)]
-    got, _ = operators.attend(spec, *last, call_of(shape, seen=19), state, learned)
-    whole, _ = operators.attend(spec, q, k, v, call_of(shape), None, learned)
-    torch.testing.assert_close(got, whole[order][:, :, 19:], atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=label)

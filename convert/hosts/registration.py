@@ -58,7 +58,10 @@ class ConvertedConfig(PreTrainedConfig):
         """The config of the converted class, which is registered with its auto class on the way."""
         import transformers
 
+        from ..checkpoints import require_library
         from .sites import NAME
+
+        require_library("transformers")
         from .transformers import converted_config, converted_model
 
         base = getattr(transformers, config_dict[NAME]["base"])

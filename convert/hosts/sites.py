@@ -239,8 +239,20 @@ def plan_block(base: str, plan: Mapping[Site, Sequence[Spec]]) -> dict[str, Any]
 def read_plan_block(block: Mapping[str, Any]) -> dict[Site, list[Spec]]:
     """Sites and operators from the block of a config.json."""
     if block.get("format") != FORMAT:
-        raise Unsupported(f"the checkpoint's attnconvert format is {block.get('format')!r}, this code reads {FORMAT}")
-    specs = {name: spec_from_dict(given) for name, given in block["operators"].items()}
+        raise Unsupported(
+            f"the checkpoint's attnconvert format is {block.get('format')!r}, this code reads {FORMAT}: "
+            "pip install -U attnconvert, or load it with trust_remote_code=True"
+        )
+    try:
+        specs = {name: spec_from_dict(given) for name, given in block["operators"].items()}
+    except ValueError as error:
+        raise Unsupported(
+            f"the checkpoint of attnconvert {block.get('version', '?')} has an operator unknown here ({error}): "
+            "pip install -U attnconvert, or load it with trust_remote_code=True"
+        ) from None
+    for name, entry in block["sites"].items():
+        if missing := [x for x in entry["groups"] if x not in specs]:
+            raise Unsupported(f"the checkpoint is damaged: {name} names {missing[0]!r}, which its operators lack")
     plan = {}
     for name, entry in block["sites"].items():
         settings = {key: value for key, value in entry.items() if key != "groups"}

@@ -19,6 +19,21 @@ def is_diffusion(model: Any) -> bool:
     return not isinstance(model, PreTrainedModel)
 
 
+def find_sites(model: Any) -> list[Site]:
+    """The sites of a model of either host, found by running it.
+
+    Raises:
+        Unsupported: nothing in it can be converted, or something in it is not known here.
+    """
+    if is_diffusion(model):
+        from .denoisers import find_sites as of_denoiser
+
+        return of_denoiser(model)
+    from .models import find_sites as of_transformer
+
+    return of_transformer(model)
+
+
 def convert(model: Any, plan: Mapping[Site, Sequence[Spec]]) -> Conversion:
     """Put a plan to work in the model.
 
