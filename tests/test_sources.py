@@ -221,8 +221,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), AssetMissing, "has no config.json"),
     "config is no JSON": (write("config.json", "{"), AssetMissing, "the model in .* damaged .*not a valid JSON"),
     "config says nothing": (write("config.json", "{}"), UsageError, "no model that transformers knows"),
-    "unknown architecture": (edit_config(model_type="wobble"), UsageError, "no causal .* model type `wobble`"),
-    "no language model": (edit_config(model_type="vit"), UsageError, "no causal .*ViTConfig"),
+    "unknown architecture": (edit_config(model_type="wobble"), UsageError, "no model .* model type `wobble`"),
+    "no language model": (edit_config(model_type="vit"), UsageError, "no model .*ViTConfig"),
     "config of the wrong type": (edit_config(num_attention_heads="x"), AssetMissing, "num_attention_heads"),
     "config of a larger model": (edit_config(num_hidden_layers=3), AssetMissing, "lacks 9 of the model's tensors"),
     "config of another shape": (
@@ -333,7 +333,7 @@ def test_a_damaged_gguf_never_gives_a_foreign_error(whole_gguf: Path, tmp_path: 
     [
         (lambda data: b"PK" + data[2:], AssetMissing, "is not a GGUF file: it begins with b'PKUF'"),
         (lambda data: data[:4] + b"\x09\0\0\0" + data[8:], AssetMissing, "has GGUF version 9"),
-        (lambda data: data.replace(b"llama", b"wobbl"), UsageError, "no causal .*architecture wobbl"),
+        (lambda data: data.replace(b"llama", b"wobbl"), UsageError, "no model .*architecture wobbl"),
         (lambda data: data.replace(b"ffn_up", b"ffn_xx"), AssetMissing, "m.gguf"),
         (lambda data: data.replace(b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenx"), AssetMissing, "m.gguf"),
     ],
