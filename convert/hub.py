@@ -116,7 +116,7 @@ def push(
     except (OSError, RuntimeError) as error:
         raise AssetMissing(f"cannot push to {repository}: {one_line(error)}") from error
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests"):
+        if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):  # by version of huggingface_hub
             raise
         raise AssetMissing(f"the hub is not reachable: {one_line(error)}") from error
     return found | {

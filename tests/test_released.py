@@ -113,7 +113,7 @@ class Hub:
         self.blobs: dict[str, bytes] = {}
         self.asked: list[tuple[str, str]] = []
         self.tokens: set[str | None] = set()
-        self.private: bool | None = None
+        self.created: dict[str, Any] = {}
         self.refuse = 0
         hub = self
 
@@ -146,7 +146,7 @@ class Hub:
                 if hub.refuse:
                     self.answer({"error": "no"}, hub.refuse)
                 elif self.path == "/api/repos/create":
-                    hub.private = json.loads(sent).get("private")
+                    hub.created = json.loads(sent)
                     self.answer({"url": f"http://{self.headers['Host']}/owner/name", "name": "owner/name"})
                 elif "/preupload/" in self.path:
                     files = json.loads(sent)["files"]
@@ -206,7 +206,7 @@ def test_a_checkpoint_is_pushed_whole_in_one_commit(hub, whole):  # noqa: F811
     folder = whole / "export"
     kept = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert hub.files == {name: text for name, text in kept.items() if name not in ("key", "done.json")}
-    assert hub.private is True
+    assert hub.created["visibility" if "visibility" in hub.created else "private"] in ("private", True)
     assert hub.tokens == {"Bearer hf_secret"}
     assert [path for _, path in hub.asked if "/commit/" in path] == ["/api/models/owner/name/commit/tried"]
     assert ("POST", "/api/models/owner/name/branch/tried") in hub.asked
