@@ -165,7 +165,7 @@ INSIDE = {
     "sample": ("attnconvert.distill.samples._generate", 1),
     "distill": ("attnconvert.distill.loop.Trainer._save", 2),
     "evaluate": ("attnconvert.convert.evaluation.retrieval", 1),
-    "export": ("attnconvert.pipeline.export", 0),
+    "export": ("attnconvert.pipeline.write_checkpoint", 0),
 }
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -212,18 +213,23 @@ def test_a_checkpoint_is_pushed_whole_in_one_commit(hub, whole):  # noqa: F811
     assert ("POST", "/api/models/owner/name/branch/tried") in hub.asked
 
 
-def test_a_push_that_cannot_be_says_why_and_what_to_do(hub, whole, tmp_path):  # noqa: F811
-    folder = Path(shutil.copytree(whole / "export", tmp_path / "export"))
-    offline = hub.run("push", folder, "owner/name", HF_HUB_OFFLINE="1")
-    assert offline.returncode == 5
-    assert "HF_HUB_OFFLINE forbids the network" in offline.stderr
+def test_a_push_that_cannot_be_says_why_and_what_to_do(hub, whole, attnconvert, monkeypatch):  # noqa: F811
+    offline = attnconvert("push", whole, "owner/name")  # as all tests are
+    assert offline.code == 5
+    assert "HF_HUB_OFFLINE forbids the network" in offline.message
     hub.refuse = 403
-    refused = hub.run("push", folder, "owner/name")
+    refused = hub.run("push", whole, "owner/name")
     assert refused.returncode == 5
     assert "refuses to write to owner/name (403): set HF_TOKEN" in refused.stderr.replace("\n", " ")
-    gone = hub.run("push", folder, "owner/name", HF_ENDPOINT="http://127.0.0.1:9")
-    assert gone.returncode == 5
-    assert "the hub is not reachable" in gone.stderr
+
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise type("ConnectError", (Exception,), {"__module__": "httpx"})("[Errno 111] Connection refused")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", unreachable)  # which itself tries for half a minute
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    gone = attnconvert("push", whole, "owner/name")
+    assert gone.code == 5
+    assert "the hub is not reachable: [Errno 111] Connection refused" in gone.message
 
 
 def test_a_dry_run_lists_what_would_be_pushed_and_a_changed_file_is_refused(attnconvert, whole, tmp_path):  # noqa: F811
