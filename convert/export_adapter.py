@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from .errors import AssetMissing, UsageError
 from .export_runtime import VerificationFailed, load_elsewhere
 from .files import read_json, replacing, write_json
 from .hosts.sites import NAME, Site, plan_block, read_plan_block
+from .probing import ask, probe_inputs, probe_script
 from .progress import Track, silent
 from .recipe_inputs import ModelSource
 from .sources import ModelFiles, fetch_model, load_model
@@ -119,6 +121,7 @@ import json, sys
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 folder, where, way, device = sys.argv[1:5]
 if way == "peft":
     sys.modules["attnconvert"] = None  # as if it were not installed
@@ -130,9 +133,9 @@ if way == "peft":
 else:
     from attnconvert.convert.exported import load_exported
     model = load_exported(Path(folder)).to(device)
-    ids = load_file(where + "/expected.safetensors")["ids"].to(device)
-    with torch.no_grad():
-        save_file({"uncached": model(ids)[0].cpu().contiguous()}, where + "/found.safetensors")
+    inputs = {key: value.to(device) for key, value in load_file(where + "/expected.safetensors").items()}
+{probe}
+    save_file({key: value.cpu().contiguous() for key, value in results.items()}, where + "/found.safetensors")
 {digest}
 print(json.dumps({"class": type(model).__name__, "weights": digest(model)}))
 """
@@ -153,16 +156,18 @@ def digest(model):
 def verify_adapter(student: Any, folder: Path, files: ModelFiles) -> dict[str, Any]:
     """Load the folder in clean processes and compare with the student.
 
-    `installed`: by attnconvert; outputs and weights must be the student's. `peft`: the adapter alone by PEFT without
-    attnconvert, where there is one and the base is a plain folder; merged, the weights must be the student's.
+    `installed`: by attnconvert; what `probing` asks, and the weights, must be the student's. `peft`: the adapter alone
+    by PEFT without attnconvert, where there is one and the base is a plain folder; merged, the weights must be the
+    student's.
 
     Raises:
         VerificationFailed: it does not load, or gives something else.
     """
-    config = student.config.get_text_config()
-    length = min(300, config.max_position_embeddings - 16)
-    ids = (torch.arange(1, length + 1)[None] * 7919 % config.vocab_size).to(student.device)
-    here = student(ids)[0].cpu()
+    inputs = probe_inputs(student, 0)
+    here = ask(student, inputs)
+    probe = textwrap.indent(probe_script(student), "    ")
+    script = CHECK.replace("{digest}", DIGEST).replace("{probe}", probe)
+    tokens = max((x.shape[1] for name, x in inputs.items() if name.endswith("input_ids")), default=0)
     names: dict[str, Any] = {"torch": torch, "hashlib": hashlib}
     exec(DIGEST, names)
     weights = names["digest"](student)
@@ -172,21 +177,21 @@ def verify_adapter(student: Any, folder: Path, files: ModelFiles) -> dict[str, A
     result: dict[str, Any] = {}
     for way in ways:
         with tempfile.TemporaryDirectory() as where:
-            save_file({"ids": ids.cpu()}, f"{where}/expected.safetensors")
+            save_file({key: value.cpu().contiguous() for key, value in inputs.items()}, f"{where}/expected.safetensors")
             dtype = str(student.dtype).removeprefix("torch.")
             base = {"class": type(student).__name__, "folder": str(files.folder.absolute()), "dtype": dtype}
             Path(where, "base.json").write_text(json.dumps(base), encoding="utf-8")
-            found = load_elsewhere(CHECK.replace("{digest}", DIGEST), folder, where, way, str(student.device))
+            found = load_elsewhere(script, folder, where, way, str(student.device))
             error = 0.0
             if way == "installed":
-                there = load_file(f"{where}/found.safetensors")["uncached"]
-                error = (there.float() - here.float()).abs().max().item()
+                there = load_file(f"{where}/found.safetensors")
+                error = max((there[key].double() - here[key].double()).abs().max().item() for key in here)
         if error != 0.0 or found["weights"] != weights:
             raise VerificationFailed(
                 f"{folder} loaded in a clean process ({way}) is not the student: outputs differ by {error:.2e}, "
                 f"weights {'equal' if found['weights'] == weights else 'different'}"
             )
-        result[way] = {"class": found["class"], "tokens": length, "logits_error": error, "weights_equal": True}
+        result[way] = {"class": found["class"], "tokens": tokens, "logits_error": error, "weights_equal": True}
     return result
 
 

@@ -178,7 +178,7 @@ def load_elsewhere(check: str, folder: Path, where: str, way: str, device: str) 
     Raises:
         VerificationFailed: it fails.
     """
-    if way != "remote":  # what is registered here is registered there, as whoever uses it would
+    if way == "installed":  # what is registered here is registered there, as whoever uses it would
         files_of = [str(path) for path in outside.loaded_files()]
         check = "".join(f"import attnconvert; attnconvert.register({name!r})\n" for name in files_of) + check
     environment = os.environ | {"HF_MODULES_CACHE": f"{where}/modules", "HF_HUB_OFFLINE": "1"}
