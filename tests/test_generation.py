@@ -386,7 +386,7 @@ def test_every_operator_and_family_decodes_compiled(family, spec):
 def test_inductor_compiles_generation():
     from transformers import CompileConfig
 
-    model = tiny("llama")
+    model = tiny("llama", num_hidden_layers=1)
     convert(model, mixed(find_sites(model), FIXED))
     start = ids_of()[:1, :30]
     want = model.generate(start, use_cache=False, **NEW)

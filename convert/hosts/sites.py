@@ -125,6 +125,7 @@ class SiteOperators(nn.Module):
         self.respond: Callable[..., Any] = _not_installed  # how the host's calls are answered
         group = site.heads // site.kv_heads
         self.parts = [(s, tuple(i for i, x in enumerate(specs) if x == s)) for s in dict.fromkeys(specs)]
+        self.names = [label(spec) for spec, _ in self.parts]  # made once: torch.compile does not see through `label`
         for spec, groups in self.parts:
             heads = len(groups)
             learned = operators.of(spec).parameters(spec, heads * group, heads, site.dim)
@@ -149,7 +150,8 @@ class SiteOperators(nn.Module):
         layer, self.layer = self.layer, None
         uses = [operators.Use(Full(), tuple(range(self.site.kv_heads)))]
         if student:
-            uses = [operators.Use(spec, groups, self.learned(spec)) for spec, groups in self.parts]
+            named = zip(self.parts, self.names, strict=True)
+            uses = [operators.Use(spec, groups, self._modules.get(name)) for (spec, groups), name in named]
         if layer is None:
             return operators.attend_all(uses, q, k, v, call, [None] * len(uses))[0]
         o: Tensor = layer.attend(self, uses, q, k, v, call)
