@@ -29,7 +29,8 @@ import ecosystem  # noqa: E402
 import ecosystem_parts as parts  # noqa: E402
 
 KINDS = [Full(), Window(size=8, sinks=2), Linear(), Hybrid(window=8, sinks=2)]
-FURTHER = ("trl", "sentence_transformers", "torchao", "bitsandbytes", "lm_eval")
+LM_EVAL = pytest.param("lm_eval", marks=pytest.mark.slow)  # two processes that import half of the world
+FURTHER = ("trl", "sentence_transformers", "torchao", "bitsandbytes", LM_EVAL)
 
 
 def saved(model, folder, kinds):
@@ -86,7 +87,7 @@ def test_the_prefill_is_exported_with_a_length_that_may_vary(folders):
 def test_weights_are_safetensors_with_the_metadata_that_loaders_ask_for(folders):
     found = parts.run("safetensors", folders)
     assert found["decoder"]["metadata"] == {"format": "pt"}
-    assert found["decoder"]["tensors"] > found["encoder"]["tensors"] > 20 or found["encoder"]["tensors"] > 20
+    assert min(found["decoder"]["tensors"], found["encoder"]["tensors"]) > 20
 
 
 @pytest.mark.parametrize("name", FURTHER)
