@@ -22,7 +22,7 @@ SITE := $(VENV)/.docs
 SOURCES := $(VENV)/sources
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-diffusion test slow check format bench study lengths images docs gpu clean distclean
+.PHONY: help setup demo demo-diffusion test slow check format bench study lengths images ecosystem docs gpu clean distclean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18

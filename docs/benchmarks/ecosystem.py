@@ -115,6 +115,7 @@ def measured(name: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, __file__, name, "--one", str(out)], check=False, cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
+    shutil.rmtree(RUNS / "scratch" / name, ignore_errors=True)
     if done.returncode or not out.exists():
         last = [line for line in (done.stderr or "").strip().splitlines() if line.strip()][-1:]
         raise RuntimeError(last[0] if last else f"exit code {done.returncode}")

@@ -44,6 +44,7 @@ def encoder(found: Mapping[str, Any], where: str) -> list[str]:
             cells = [f"{quality[field]:.{places}f}" if field in quality else "" for field, _, places in known]
             exact = f"{arm['retrieval']['exact']:.2f}" if n == 0 else ""
             lines.append(f"| {name} | {share} | {trained} | {length} | {' | '.join(cells)} | {exact} |")
+    lines += ["", found["note"]] if "note" in found else []
     for length, entry in found["speed"].items():
         times = " → ".join(f"{1e3 * entry[who]['prefill_s']:.0f} ms" for who in ("teacher", "student"))
         lines += ["", f"At {length} tokens, batch 1: {times} ({entry['prefill_speedup']:.2f}×)."]

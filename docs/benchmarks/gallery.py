@@ -21,6 +21,7 @@ from selection_tables import HERE, fill, machine_of
 
 PAGE, RECIPES = HERE.parent / "gallery.md", HERE.parents[1] / "recipes"
 NAMES = {"kl": "KL", "perplexity_ratio": "perplexity", "cosine": "cosine similarity"}
+NAMES |= {"rank": "ranks of similarities", "masked_kept": "masked tokens kept"}  # of encoders
 
 
 def main(page: Path = PAGE) -> None:
