@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from .report_html import NONE, duration, number, percent, ratio, size, tokens
 if TYPE_CHECKING:
     from .recipe import AnyRecipe, Recipe
 
+PATHS = re.compile(r"(?<![^\[{,\s'\"])/[^\[\]{},\s'\"]+")  # absolute ones in lists and mappings: --set key=[/a,/b]
 LOAD = """\
 ## Use
 
@@ -383,20 +385,22 @@ def made(recipe: AnyRecipe, manifest: Mapping[str, Any]) -> str:
 
 def without_paths(recipe: AnyRecipe) -> AnyRecipe:
     """Local paths cut to their last part: a published card tells nobody how a home directory is laid out."""
-    model = recipe.model
+    model, operators = recipe.model, tuple(Path(path.name) for path in recipe.operators)
     cut = {name: Path(path.name) for name in ("folder", "gguf") if (path := getattr(model, name)) is not None}
     if recipe.kind == "images":
         given = {name: getattr(recipe.images, name) for name in ("conditions", "prompts", "classifier")}
         named = {name: Path(path.name) for name, path in given.items() if path is not None}
         images = recipe.images.model_copy(update=named)
-        return recipe.model_copy(update={"model": model.model_copy(update=cut), "images": images})
+        changed = {"model": model.model_copy(update=cut), "operators": operators, "images": images}
+        return recipe.model_copy(update=changed)
     text = recipe.text
     sides = {
         name: side.model_copy(update={"files": tuple(_shortened(file) for file in side.files)})
         for name in ("calibration", "heldout")
         if (side := getattr(text, name)).files
     }
-    return recipe.model_copy(update={"model": model.model_copy(update=cut), "text": text.model_copy(update=sides)})
+    changed = {"model": model.model_copy(update=cut), "operators": operators, "text": text.model_copy(update=sides)}
+    return recipe.model_copy(update=changed)
 
 
 def attachments(recipe: AnyRecipe, manifest: Mapping[str, Any], plan: Path) -> dict[str, str]:
@@ -406,7 +410,8 @@ def attachments(recipe: AnyRecipe, manifest: Mapping[str, Any], plan: Path) -> d
     """
     told = {**manifest}
     words = shlex.split(str(told.get("command", "")))
-    told["command"] = shlex.join("=".join(map(_shortened, word.split("="))) for word in words)
+    cut = ("=".join(map(_shortened, word.split("="))) for word in words)
+    told["command"] = shlex.join(PATHS.sub(lambda found: Path(found[0]).name, word) for word in cut)
     found = {"recipe.yaml": dump_recipe(without_paths(recipe)), "manifest.json": json.dumps(told, indent=1) + "\n"}
     return found | ({"plan.yaml": plan.read_text(encoding="utf-8")} if plan.is_file() else {})
 

@@ -117,7 +117,8 @@ def add_checkpoint_commands(
         terminal = Terminal(as_json=as_json, verbose=verbose, quiet=quiet)
         before = read_before(manifest, settings or ())
         folder = out or Path("runs") / f"{before.recipe.name}-again"
-        if folder.resolve() == (manifest if manifest.is_dir() else manifest.parent).resolve():
+        first = (manifest if manifest.is_dir() else manifest.parent).resolve()
+        if folder.resolve() in (first, *first.parents):  # the run itself, or the one that the checkpoint lies in
             raise UsageError(f"{folder} is the run that is to be reproduced: use another --out")
 
         found = again(before, folder, lambda run: all_stages(run, terminal))

@@ -61,6 +61,8 @@ def block_of(folder: Path) -> dict[str, Any] | None:
         found = config[NAME]
     if not isinstance(found, dict) or not isinstance(found.get("format"), int):
         raise AssetMissing(f"{where} is damaged: its block {NAME} has no format; export or fetch it again")
+    if not all(isinstance(found.get(key, {}), dict) for key in ("operators", "sites")):
+        raise AssetMissing(f"{where} is damaged: its block {NAME} has no operators by name; export or fetch it again")
     return found
 
 

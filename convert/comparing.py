@@ -16,7 +16,8 @@ from .artefacts import dig
 from .checkpoints import block_of, is_exported, model_folder
 from .errors import UsageError
 from .files import read_json
-from .runs import MANIFEST, PLAN, RECIPE, is_run
+from .integrity import check_weights
+from .runs import DONE, MANIFEST, PLAN, RECIPE, is_run
 
 NO_FIGURES = ("speed", "gates", "export", "export_format")  # metrics of a manifest that are times or verdicts
 Values = Mapping[str, Any]
@@ -46,7 +47,7 @@ def read_side(folder: Path) -> Side:
     if is_run(folder):
         manifest, exported = _json(folder / MANIFEST), folder / "export"
         plan = _plan_file(folder / PLAN)
-        weights = tensor_digests(exported) if is_exported(exported) else {}
+        weights = tensor_digests(exported) if (exported / DONE).is_file() and is_exported(exported) else {}
     elif is_exported(folder):
         manifest, block = _json(folder / MANIFEST), block_of(folder)
         assert block is not None
@@ -70,7 +71,7 @@ def compare(a: Side, b: Side) -> dict[str, Any]:
     found: dict[str, Any] = {
         "a": a.name,
         "b": b.name,
-        "recipe": _changed(a.recipe, b.recipe),
+        "recipe": {key: pair for key, pair in _changed(a.recipe, b.recipe).items() if not _same_name(*pair)},
         "plan": _plans(a.plan, b.plan),
         "figures": _figures_of_both(a.figures, b.figures),
         "weights": _weights(a.weights, b.weights),
@@ -84,6 +85,15 @@ def _changed(a: Values, b: Values) -> dict[str, list[Any]]:
     """{key: [in a, in b]}; None where a side has no such key."""
     keys = [*a, *(key for key in b if key not in a)]
     return {key: [a.get(key), b.get(key)] for key in keys if a.get(key) != b.get(key)}
+
+
+def _same_name(a: Any, b: Any) -> bool:
+    """Whether one is the other without its folder, as a checkpoint's recipe names what a run's has the path of."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(x == y or _same_name(x, y) for x, y in zip(a, b, strict=True))
+    if not isinstance(a, str) or not isinstance(b, str) or Path(a).is_absolute() == Path(b).is_absolute():
+        return False
+    return Path(a).name == b or Path(b).name == a
 
 
 def _plans(a: Mapping[str, tuple[str, ...]], b: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
@@ -122,6 +132,7 @@ def tensor_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of each tensor's type, shape and bytes, by its name, of all safetensors of a checkpoint's model."""
     found: dict[str, str] = {}
     for file in sorted(model_folder(folder).glob("*.safetensors")):
+        check_weights(file)
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(size))
@@ -134,8 +145,6 @@ def tensor_digests(folder: Path) -> dict[str, str]:
                 left = end - start
                 while left:
                     part = stream.read(min(left, 1 << 24))
-                    if not part:
-                        raise UsageError(f"{file} is truncated: fetch or export it again")
                     digest.update(part)
                     left -= len(part)
                 found[name] = digest.hexdigest()

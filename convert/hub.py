@@ -12,7 +12,7 @@ import yaml
 
 from .checkpoints import block_of, form_of, require_whole
 from .errors import AssetMissing, UsageError, one_line
-from .integrity import CARD, SUMS
+from .integrity import CARD, SUMS, read_sums
 from .packages import offline
 from .progress import Track, silent
 from .runs import DONE, KEY
@@ -31,7 +31,8 @@ def contents(folder: Path) -> dict[str, Any]:
         raise AssetMissing(f"{folder} has no {SUMS}, so nothing says that it is whole: export it again")
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     names = {path.relative_to(folder).as_posix(): path for path in paths}
-    own = {name: path for name, path in names.items() if name not in LEFT_OUT and not path.name.startswith(".")}
+    hidden = {name for name in names if any(part.startswith(".") for part in name.split("/"))}  # such as .git/config
+    own = {name: path for name, path in names.items() if name not in LEFT_OUT and name not in hidden}
     sizes = {name: path.stat().st_size for name, path in own.items()}
     return {
         "folder": str(folder),
@@ -58,8 +59,7 @@ def _metadata(folder: Path) -> dict[str, Any]:
 
 def _notes(folder: Path, files: dict[str, Path]) -> list[str]:
     """What a person who pushes should know."""
-    listed = {line.partition("  ")[2] for line in (folder / SUMS).read_text(encoding="utf-8").splitlines()}
-    extra = sorted(set(files) - listed - {SUMS, CARD})
+    extra = sorted(set(files) - set(read_sums(folder)) - {SUMS, CARD})
     notes = [f"not written by the export, and pushed all the same: {', '.join(extra)}"] if extra else []
     model = (block_of(folder) or {}).get("model", {})
     local = [key for key in ("folder", "gguf") if model.get("source", {}).get(key)]

@@ -98,15 +98,17 @@ def exported_folder(folder: Path) -> Path:
     """The checkpoint that is meant: the folder itself, or the export of the run that it is.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: it is neither, or the export was interrupted.
     """
+    if not is_exported(folder) and (folder / RECIPE).is_file() and is_exported(folder / "export"):
+        folder = folder / "export"
     if is_exported(folder):
+        if (folder / KEY).is_file() and not (folder / DONE).is_file():
+            raise UsageError(f"{folder} is half an export: `attnconvert export {folder.parent}` goes on")
         return folder
     if (folder / RECIPE).is_file():
-        if is_exported(folder / "export"):
-            return folder / "export"
         raise UsageError(f"{folder} has no checkpoint yet: run `attnconvert run {folder / RECIPE} --out {folder}`")
-    what = "is neither an exported checkpoint nor a run directory" if folder.is_dir() else "does not exist"
+    what = "is neither an exported checkpoint nor a run directory" if folder.exists() else "does not exist"
     raise UsageError(f"{folder} {what}: give the folder that `attnconvert export` or `attnconvert run` wrote")
 
 

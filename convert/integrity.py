@@ -29,12 +29,15 @@ def check_sums(folder: Path) -> bool:
     """Refuse an exported checkpoint whose files are not those that SHA256SUMS lists; False if it has no such list.
 
     Raises:
-        AssetMissing: with the first file that has changed or is gone.
+        AssetMissing: with the first file that has changed, is gone, or should be listed and is not.
     """
     if not (folder / SUMS).is_file():
         return False
-    for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
+    listed = read_sums(folder)
+    for path in sorted(folder.iterdir()):  # a list that was cut short would vouch for weights that it does not name
+        if (path.suffix == ".safetensors" or path.name == "config.json") and path.name not in listed:
+            raise AssetMissing(f"{folder / SUMS} does not list {path.name}: export or fetch the checkpoint again")
+    for name, digest in listed.items():
         if name == CARD:
             continue
         if not (folder / name).is_file():
@@ -42,6 +45,22 @@ def check_sums(folder: Path) -> bool:
         if sha256_file(folder / name) != digest:
             raise AssetMissing(f"{folder / name} has changed since it was exported ({SUMS}): export or fetch it again")
     return True
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """File → SHA-256, as SHA256SUMS of an exported checkpoint lists them.
+
+    Raises:
+        AssetMissing: it is damaged.
+    """
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        lines = [""]
+    found = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if not found or "" in found:
+        raise AssetMissing(f"{folder / SUMS} is damaged: export or fetch the checkpoint again")
+    return found
 
 
 def check_weights(path: Path) -> None:

@@ -19,7 +19,7 @@ from .artefacts import dig
 from .comparing import figures_of
 from .errors import UsageError
 from .files import read_json, sha256_file
-from .integrity import SUMS
+from .integrity import SUMS, read_sums
 from .keys import STAGES
 from .machine import hardware, versions
 from .recipe import AnyRecipe, load_recipe
@@ -63,10 +63,14 @@ def read_before(manifest: Path, overrides: Sequence[str] = ()) -> Before:
         raise UsageError(f"{recipe} does not exist: a manifest is read with the recipe that lies beside it")
     files = {stage: dict(found) for stage, found in dig(told, "files", default={}).items()}
     if (path.parent / SUMS).is_file():  # of a checkpoint, whose manifest was written before its weights
-        lines = (path.parent / SUMS).read_text(encoding="utf-8").splitlines()
-        files["export"] = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        files["export"] = read_sums(path.parent)
     if "evaluate" not in told["stages"]:
         raise UsageError(f"the run of {path} has not been evaluated: there is nothing yet to compare with")
+    if "evaluate" not in files or "plan" not in told:
+        raise UsageError(
+            f"{path} has no hashes of what came of the run, as an earlier attnconvert wrote it: run its recipe again, "
+            "and compare both runs with `attnconvert diff`"
+        )
     return Before(
         recipe=load_recipe(recipe, overrides),
         files=files,
@@ -87,15 +91,10 @@ def reproduce(before: Before, folder: Path, run: Callable[[Run], None]) -> dict[
     Raises:
         UsageError: the model's files are not those of the first run.
     """
+    _require_model(before)
     again = Run.create(before.recipe, folder)
     run(again)
     manifest = again.manifest()
-    known, found = dig(before.model, "sha256", default={}), dig(manifest, "model", "sha256", default={})
-    changed = [name for name, digest in known.items() if found.get(name, digest) != digest]
-    if changed:
-        raise UsageError(
-            f"{changed[0]} is not the file that the first run began with: its result cannot be had from it"
-        )
     stages = _stages(before, again)
     figures = _compare_figures(before.figures, figures_of(manifest))
     return {
@@ -105,6 +104,20 @@ def reproduce(before: Before, folder: Path, run: Callable[[Run], None]) -> dict[
         "figures": figures,
         "result": _grade(stages, figures),
     }
+
+
+def _require_model(before: Before) -> None:
+    """What hours of work would find out only at their end."""
+    from .denoiser_sources import fetch_denoiser
+    from .sources import fetch_model
+
+    fetch = fetch_denoiser if before.recipe.kind == "images" else fetch_model
+    known, found = dig(before.model, "sha256", default={}), fetch(before.recipe.model).sha256
+    changed = [name for name, digest in known.items() if found.get(name, digest) != digest]
+    if changed:
+        raise UsageError(
+            f"{changed[0]} is not the file that the first run began with: its result cannot be had from it"
+        )
 
 
 def _stages(before: Before, again: Run) -> dict[str, dict[str, Any]]:

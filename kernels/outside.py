@@ -64,9 +64,12 @@ def _executed(path: Path) -> ModuleType:
     before = dict(OPERATORS)
     try:
         found.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         _forget(module, before)
-        raise
+        if isinstance(error, ValueError | ModuleNotFoundError) or not isinstance(error, Exception):
+            raise
+        told = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {told}") from error
     return module
 
 

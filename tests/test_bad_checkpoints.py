@@ -80,6 +80,23 @@ def test_a_file_that_was_changed_is_named(exported, tmp_path):
         load_exported(folder)
 
 
+@pytest.mark.parametrize(
+    ("sums", "told"),
+    [(b"\xff\xfe", "is damaged"), (b"", "is damaged"), (b"0  README.md\n", "does not list config.json")],
+)
+def test_a_list_of_files_that_is_not_whole_vouches_for_nothing(exported, tmp_path, sums, told):
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    (folder / "SHA256SUMS").write_bytes(sums)
+    with pytest.raises(AssetMissing, match=told):
+        load_exported(folder)
+
+
+def test_a_block_of_another_shape_is_damage(exported, tmp_path):
+    folder = changed(exported, tmp_path / "other", lambda block: block.update(operators=["window"]))
+    with pytest.raises(AssetMissing, match="has no operators by name"):
+        load_exported(folder)
+
+
 def test_the_versions_that_are_checked_are_those_of_the_package():
     wanted = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["dependencies"]
     for name, least in LEAST.items():

@@ -6,6 +6,7 @@ import base64
 import http.server
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from models import tiny
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from attnconvert.convert.card import attachments
+from attnconvert.convert.comparing import read_side
 from attnconvert.convert.errors import AssetMissing
 from attnconvert.convert.exported import load_exported
 from attnconvert.convert.files import read_json, write_json
@@ -81,6 +84,29 @@ def test_a_checkpoint_has_its_recipe_its_manifest_and_its_figures_but_no_paths(w
     head = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
     (results,) = head["model-index"][0]["results"]
     assert {"kl", "perplexity", "accuracy"} <= {metric["type"] for metric in results["metrics"]}
+
+
+def test_no_path_is_left_in_the_lists_of_a_recipe_or_of_its_command(place, tmp_path):  # noqa: F811
+    own = Path(__file__).parents[1] / "docs" / "examples" / "taylor.py"
+    listed = [f"operators=[{own}]", f"text.heldout.files=[{place / 'heldout.txt'}, {place}/calibration.txt]"]
+    recipe = load_recipe(place / "recipe.yaml", listed)
+    manifest = {"command": shlex.join(["attnconvert", "run", str(place / "recipe.yaml"), "--set", *listed])}
+    found = attachments(recipe, manifest, tmp_path / "none")
+    assert "taylor.py" in found["recipe.yaml"]
+    for text in found.values():
+        assert str(place) not in text
+        assert str(own.parent) not in text
+    told = json.loads(found["manifest.json"])["command"]
+    assert told.endswith("'operators=[taylor.py]' 'text.heldout.files=[heldout.txt, calibration.txt]'")
+
+
+def test_half_an_export_is_not_taken_for_a_checkpoint(attnconvert, finished):  # noqa: F811
+    (finished / "export" / "done.json").unlink()
+    for command in (("push", finished, "owner/name", "--dry-run"), ("bench", finished / "export")):
+        done = attnconvert(*command)
+        assert done.code == 2
+        assert "is half an export" in done.message
+    assert not read_side(finished).weights
 
 
 def test_a_checkpoint_is_not_taken_for_a_run(attnconvert, whole, tmp_path):  # noqa: F811
@@ -235,12 +261,15 @@ def test_a_push_that_cannot_be_says_why_and_what_to_do(hub, whole, attnconvert, 
 def test_a_dry_run_lists_what_would_be_pushed_and_a_changed_file_is_refused(attnconvert, whole, tmp_path):  # noqa: F811
     folder = Path(shutil.copytree(whole / "export", tmp_path / "export"))
     (folder / "notes.txt").write_text("mine")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("url = https://user:secret@somewhere")
     (folder / "README.md").write_text((folder / "README.md").read_text() + "my own words")
     done = attnconvert("push", folder, "owner/name", "--dry-run", "--json")
     assert done.code == 0, done.err
     found = done.document
     assert found["files"]["model.safetensors"] == (folder / "model.safetensors").stat().st_size
     assert found["files"]["notes.txt"] == 4
+    assert ".git/config" not in found["files"]
     assert found["bytes"] == sum(found["files"].values())
     assert found["card"]["library_name"] == "transformers"
     assert "notes.txt" in found["notes"][0]
@@ -261,6 +290,7 @@ def test_a_comparison_names_what_differs(attnconvert, whole, finished, tmp_path)
     same = attnconvert("diff", whole, whole / "export", "--json").document
     assert same["weights"]["different"] == []
     assert same["plan"]["changed"] == 0
+    assert same["same"]  # a checkpoint's recipe has no folders
     other = Path(shutil.copytree(whole / "export", tmp_path / "export"))
     config = read_json(other / "config.json")
     site = next(iter(config["attnconvert"]["sites"].values()))
@@ -281,6 +311,10 @@ def test_a_comparison_names_what_differs(attnconvert, whole, finished, tmp_path)
     shown = attnconvert("diff", whole / "export", other)
     assert "1 different" in shown.out
     assert attnconvert("diff", whole, tmp_path).code == 2
+    (other / "model.safetensors").write_bytes(bytes(weights[:300]))
+    cut = attnconvert("diff", whole, other)
+    assert cut.code == 5
+    assert "is truncated" in cut.message
 
 
 def test_the_recipe_of_a_manifest_gives_the_same_again(attnconvert, whole, tmp_path):  # noqa: F811
@@ -316,6 +350,20 @@ def test_what_cannot_be_reproduced_is_told(attnconvert, whole, tmp_path):  # noq
     done = attnconvert("reproduce", whole / "manifest.json", "--out", whole)
     assert done.code == 2
     assert "use another --out" in done.message
+    done = attnconvert("reproduce", whole / "export", "--out", whole)
+    assert done.code == 2
+    assert "use another --out" in done.message
+    assert "was begun with" not in done.message
+    earlier = Path(shutil.copytree(whole, tmp_path / "earlier", ignore=shutil.ignore_patterns("export")))
+    manifest = read_json(earlier / "manifest.json")
+    write_json(earlier / "manifest.json", {key: value for key, value in manifest.items() if key != "files"})
+    assert "has no hashes" in attnconvert("reproduce", earlier).message
+    manifest["model"]["sha256"] = dict.fromkeys(manifest["model"]["sha256"], "0" * 64)
+    write_json(earlier / "manifest.json", manifest)
+    done = attnconvert("reproduce", earlier, "--out", tmp_path / "x")
+    assert done.code == 2
+    assert "is not the file that the first run began with" in done.message
+    assert not (tmp_path / "x").exists()
     folder = Path(shutil.copytree(whole / "export", tmp_path / "export"))
     done = attnconvert("reproduce", folder, "--out", tmp_path / "x")
     assert done.code == 5
