@@ -324,9 +324,11 @@ class Bench:
 
 def _answer_at_once(site: SiteOperators, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     """An observer: zeros for attention, while the cache counts its tokens and holds none. → (B, H, Q, D)"""
-    layer, site.layer = site.layer, None
+    layer = site.layer
+    site.called_with(None)
     if layer is not None:
-        layer.begin(site, 0, q.shape[2])
+        layer.claim(site, 0)
+        layer.seen += q.shape[2]
     return q.new_zeros(1).expand(q.shape)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 import threading
 
 import pytest
@@ -472,3 +473,41 @@ def test_pipelines_streamers_rollback_and_static_caches_work_on_an_exported_chec
     found = "".join(stream)
     thread.join()
     assert found.split() == want.split()
+
+
+@torch.no_grad()
+def test_threads_share_a_model_with_a_cache_each(stock):
+    """Both are inside the same site at once: each waits there until the other has come by."""
+    model, sites = stock("llama")
+    texts = [ids_of(1, length, seed=length) for length in (20, 31)]
+    got, together = {}, threading.Barrier(2, timeout=60)
+
+    def wait(module, args):
+        together.wait()
+
+    def serve(n):
+        with torch.no_grad():
+            got[n] = model(texts[n][:, -1:], past_key_values=kept[n]).logits
+
+    with converted(model, mixed(sites, [Full(), Window(size=8, sinks=2)])):
+        want = [model(ids, use_cache=False).logits[:, -1:] for ids in texts]
+        kept = [model(ids[:, :-1]).past_key_values for ids in texts]
+        meet = model.get_submodule(sites[0].name).register_forward_pre_hook(wait)
+        threads = [threading.Thread(target=serve, args=(n,)) for n in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        meet.remove()
+    for n in (0, 1):
+        torch.testing.assert_close(got[n], want[n], **CLOSE)
+
+
+@torch.no_grad()
+def test_a_pickled_model_keeps_its_operators_and_its_cache():
+    model = tiny("llama")
+    convert(model, plan_of(find_sites(model), Window(size=8, sinks=2)))
+    copy = pickle.loads(pickle.dumps(model))
+    assert torch.equal(copy(ids_of()).logits, model(ids_of()).logits)
+    assert copy.__dict__["_prepare_cache_for_generation"].args == (copy,), "generate prepares the cache for its own"
+    assert torch.equal(copy.generate(ids_of(1), **NEW), model.generate(ids_of(1), **NEW))

@@ -1,6 +1,7 @@
 """Models of images and sound, and of an encoder and a decoder: what is special about them, and what the stages say."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -109,7 +110,10 @@ def test_attention_that_calls_sdpa_by_itself_is_put_back_and_copied():
     other.transformer.h[0].self_attention.attnconvert.active = False
     assert torch.equal(model(ids, use_cache=False).logits, after), "a copy has operators of its own"
     assert not torch.equal(other(ids, use_cache=False).logits, after)
+    with pytest.raises(Unsupported, match="FalconAttention cannot be pickled while it is converted"):
+        pickle.dumps(model)
     conversion.remove()
+    assert torch.equal(pickle.loads(pickle.dumps(model))(ids, use_cache=False).logits, before)
     assert torch.equal(model(ids, use_cache=False).logits, before)
     assert attention.config is config
     assert "forward" not in attention.__dict__

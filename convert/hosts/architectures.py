@@ -39,6 +39,7 @@ REFUSED: dict[str, str] = {
 # Methods of models that take keys and values out of the cache of what was generated, of which there are none
 READ_CACHE = ("_postprocess_outputs",)  # Whisper
 OTHER_SEQUENCE = ("key_value_states", "encoder_hidden_states")  # by these names cross-attention gets what it reads
+GUARD = "attnconvert_not_pickled"  # on a module that is rebound
 MARK = "attnconvert_reads_other_sequence"  # on a module: whether it does in the pass that runs
 
 Answer = Callable[..., tuple[Tensor, Any]]  # an attention function of transformers
@@ -94,6 +95,22 @@ class Running(threading.local):
 
 
 RUNNING = Running()
+
+
+class _NotPickled:
+    """Says no where a module that holds it is pickled: its forward would be read back as that of its class, dense."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise Unsupported(
+            f"{self.name} cannot be pickled while it is converted: save the model by attnconvert export or "
+            "save_pretrained"
+        )
+
+    def __deepcopy__(self, memo: Any) -> _NotPickled:
+        return self
 
 
 class _Names(types.ModuleType):
@@ -154,12 +171,13 @@ def rebind(module: nn.Module, function: Answer) -> None:
     own._attn_implementation_internal = "sdpa"  # type: ignore[union-attr] # so it takes the way that makes that call
     module.__dict__["config_of_model"], module.config = module.config, own
     module.forward = types.MethodType(forward, module)
+    module.__dict__[GUARD] = _NotPickled(name)
 
 
 def unbind(module: nn.Module) -> None:
     """The undo of `rebind`."""
     module.config = module.__dict__.pop("config_of_model")
-    del module.forward
+    del module.forward, module.__dict__[GUARD]
 
 
 @functools.cache
@@ -181,21 +199,20 @@ def keep_cache_out(model: PreTrainedModel) -> list[str]:
     """From now on methods of `READ_CACHE` are given outputs without the cache; `del` of these names undoes it."""
     found = [name for name in READ_CACHE if hasattr(type(model), name)]
     for name in found:
-        model.__dict__[name] = types.MethodType(_without_cache(name), model)
+        model.__dict__[name] = functools.partial(_without_cache, model, name)
     return found
 
 
-def _without_cache(name: str) -> Callable[..., Any]:
-    def cut(x: Any) -> Any:
-        if not isinstance(x, ModelOutput):
-            return x
-        return type(x)(**{key: value for key, value in x.items() if key != "past_key_values"})
+def _without_cache(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+    """The answer of a model's method to outputs without the cache."""
+    given = {name: _cut(value) for name, value in kwargs.items()}
+    return getattr(type(model), method)(model, *map(_cut, args), **given)
 
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = {name: cut(value) for name, value in kwargs.items()}
-        return getattr(type(self), name)(self, *map(cut, args), **given)
 
-    return method
+def _cut(x: Any) -> Any:
+    if not isinstance(x, ModelOutput):
+        return x
+    return type(x)(**{key: value for key, value in x.items() if key != "past_key_values"})
 
 
 def use_attention(model: PreTrainedModel, name: str) -> None:

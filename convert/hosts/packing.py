@@ -107,11 +107,13 @@ def _by_positions(positions: Any, tokens: int) -> Tensor | None:
     if positions.shape[1] != tokens:
         return None
     version = -1 if positions.is_inference() else positions._version
-    if _found and _found[0][0]() is positions and _found[0][1] == version >= 0:
-        return _found[0][2]
+    for seen, then, known in tuple(_found):  # as they are now: another thread may look at positions of its own
+        if seen() is positions and then == version >= 0:
+            return known
     packed = masks.find_packed_sequence_indices(positions)
-    _found[:] = [(weakref.ref(positions), version, None if packed is None else packed.cpu())]
-    return _found[0][2]
+    packed = None if packed is None else packed.cpu()
+    _found[:] = [(weakref.ref(positions), version, packed)]
+    return packed
 
 
 def _begins_anew(site: SiteOperators, query: Tensor, mask: Tensor | None, positions: Any) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -99,6 +100,16 @@ def all_full(sites: Iterable[Site]) -> dict[Site, list[Spec]]:
     return {site: [Full()] * site.kv_heads for site in sites}
 
 
+class Calling(threading.local):
+    """In this thread: the site that the host calls, and the cache layer that its call comes with."""
+
+    site: Any = None
+    layer: Any = None
+
+
+CALLING = Calling()  # not in the site itself: one model may serve several threads, each with a cache of its own
+
+
 def _not_installed(site: SiteOperators, *args: Any, **kwargs: Any) -> Any:
     raise Unsupported(f"{site.site.name}: operators answer only while they are installed in a model")
 
@@ -121,7 +132,6 @@ class SiteOperators(nn.Module):
         self.site, self.specs = site, tuple(specs)
         self.active = True
         self.observer: Observer | None = None
-        self.layer: Any = None  # of the cache that the host's call comes with
         self.respond: Callable[..., Any] = _not_installed  # how the host's calls are answered
         group = site.heads // site.kv_heads
         self.parts = [(s, tuple(i for i, x in enumerate(specs) if x == s)) for s in dict.fromkeys(specs)]
@@ -136,6 +146,15 @@ class SiteOperators(nn.Module):
         """The feature maps and gates of one operator, or None."""
         return self._modules.get(label(spec))
 
+    @property
+    def layer(self) -> Any:
+        """The layer of the cache that the host's call comes with; None where it has no cache."""
+        return CALLING.layer if CALLING.site is self else None
+
+    def called_with(self, layer: Any) -> None:
+        """Before a call of the host: the cache layer of this call, until `operate` takes it."""
+        CALLING.site, CALLING.layer = self, layer
+
     def answer(self, *args: Any, **kwargs: Any) -> Any:
         """One call of the host's attention, in the host's own words."""
         return self.respond(self, *args, **kwargs)
@@ -147,7 +166,8 @@ class SiteOperators(nn.Module):
 
     def operate(self, q: Tensor, k: Tensor, v: Tensor, call: Call, student: bool) -> Tensor:
         """Attention as the student does it, or as the teacher. Shapes as in `forward`."""
-        layer, self.layer = self.layer, None
+        layer = self.layer
+        self.called_with(None)
         uses = [operators.Use(Full(), tuple(range(self.site.kv_heads)))]
         if student:
             named = zip(self.parts, self.names, strict=True)

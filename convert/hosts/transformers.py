@@ -10,8 +10,8 @@ nothing else of attnconvert.
 
 from __future__ import annotations
 
+import functools
 import shutil
-import types
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -141,10 +141,10 @@ def _swap_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     """Before a site runs: make its cache layer ours. The argument is named differently from model to model."""
     site: Any = module._modules[NAME]
     cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
-    site.layer = None
-    if cache is not None:
-        site.layer = own_layer(site, cache)
-        site.layer.expected = True
+    layer = None if cache is None else own_layer(site, cache)
+    if layer is not None:
+        layer.expected = True
+    site.called_with(layer)
 
 
 def _prepare_cache_for_generation(
@@ -186,7 +186,8 @@ def _install(model: PreTrainedModel, sites: Mapping[str, SiteOperators]) -> dict
         module.add_module(NAME, mine)
         hooks.append(module.register_forward_pre_hook(_swap_cache_layer, with_kwargs=True))
     if model.can_generate():
-        model.__dict__["_prepare_cache_for_generation"] = types.MethodType(_prepare_cache_for_generation, model)
+        # no method: pickle would find the class's own by its name
+        model.__dict__["_prepare_cache_for_generation"] = functools.partial(_prepare_cache_for_generation, model)
     hooks += mark_cross_attention(model, but=sites)
     for module in by_itself(model):
         rebind(module, attention_function)
