@@ -62,3 +62,14 @@ def poisoned() -> Iterator[None]:
 def _poison_kernel_tests(request: pytest.FixtureRequest) -> None:
     if KERNEL_TESTS.fullmatch(request.path.name):
         request.getfixturevalue("poisoned")
+
+
+@pytest.fixture(autouse=True)
+def _operators_as_they_were() -> Iterator[None]:
+    """What a test registers is gone behind it."""
+    from attnconvert.kernels.spec_registry import OPERATORS
+
+    before = dict(OPERATORS)
+    yield
+    OPERATORS.clear()
+    OPERATORS.update(before)

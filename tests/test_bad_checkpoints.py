@@ -114,6 +114,7 @@ def test_a_library_that_is_too_old_is_refused(exported, monkeypatch):
     require_library("transformers")
 
 
+@pytest.mark.slow
 def test_the_code_in_the_folder_refuses_a_library_that_is_too_old_by_itself(exported):
     code = "import sys; sys.modules['attnconvert'] = None\nimport transformers\n"
     code += "transformers.__version__ = sys.argv[2]\n"

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -475,7 +476,7 @@ def test_the_page_has_every_target_and_says_what_was_not_measured(quick, dry, tm
     (tmp_path / f"{tables.RECIPE}.json").write_text(json.dumps(recipe))
     full = "\n".join(lines())
     assert "whole model, bf16 | 3× | 3.25×" in full
-    assert "window at 10 % density against cuDNN | 7× | 0." in full
+    assert re.search(r"window at 10 % density against cuDNN \| 7× \| [\d.]+× \|", full)
     assert "causal linear 32k against flash-linear-attention | 1.2× | not measured" in full
     if quick["machine"]["instruction_set"] == "avx2":
         assert full.count("target set for AVX512-BF16; this machine has AVX2") >= 5  # more where a ratio fell short

@@ -268,7 +268,7 @@ def test_a_full_disk_and_a_full_memory_are_exit_code_3(
         (MemoryError(), "out of memory"),
     ):
         with monkeypatch.context() as patch:
-            Stop(patch, "attnconvert.pipeline.profile", error)
+            Stop(patch, "attnconvert.distill.measuring.profile", error)
             ended = attnconvert(*command)
         assert ended.code == 3
         assert expected in ended.message
@@ -293,7 +293,7 @@ def test_our_own_fault_is_exit_code_1_and_shows_its_trace_only_when_asked(
     attnconvert: Command, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["run", place / "recipe.yaml", "--out", tmp_path / "run"]
-    Stop(monkeypatch, "attnconvert.pipeline.profile", KeyError("layer"))
+    Stop(monkeypatch, "attnconvert.distill.measuring.profile", KeyError("layer"))
     ended = attnconvert(*command)
     assert ended.code == 1
     assert "this is a bug: run again with --verbose" in ended.message

@@ -208,7 +208,7 @@ def test_a_model_that_generates_and_reads_both_ways_is_refused():
         find_sites(tiny("bert"))
 
 
-@pytest.fixture(scope="module", params=["AutoModel", "AutoModelForMaskedLM"])
+@pytest.fixture(scope="module", params=["AutoModel", pytest.param("AutoModelForMaskedLM", marks=pytest.mark.slow)])
 def encoder(request, place):  # noqa: F811 – the fixture
     """A folder with a tiny random BERT, bare or with its head, and a recipe for it."""
     folder = place / f"bert-{request.param}"

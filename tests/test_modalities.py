@@ -49,7 +49,7 @@ def test_a_self_attention_that_the_plan_leaves_out_is_not_taken_for_cross_attent
     model = ROWS["BART"].model()
     sites = find_sites(model)
     convert(model, {site: [Full()] * site.kv_heads for site in sites[:-1]})
-    with pytest.raises(Unsupported, match="has no operators"):
+    with pytest.raises(ValueError, match="has no operators"):  # Unsupported, ours or that of a checkpoint's own code
         model(**example(model, 12, 5))
 
 

@@ -187,7 +187,7 @@ def test_problems_are_data_for_machines() -> None:
     [
         ("sample: {shards: 3}", "6:10: sample.shards: unknown key; did you mean 'shard'?"),
         ("steps: 3", "6:1: steps: unknown key; did you mean 'distill.transfer.steps'?"),
-        ("zzz: 3", "6:1: zzz: unknown key; known are name, description, operators, model"),
+        ("zzz: 3", "6:1: zzz: unknown key; known are name, description, model, text, operators"),
         ("sample: 3", "6:1: sample: must be a section of keys and values, not 3"),
         ("evaluate: {lengths: 1024}", "6:12: evaluate.lengths: must be a list in [brackets], not 1024"),
         ("evaluate: {lengths: [1024, 4]}", "6:28: evaluate.lengths.1: must be at least 8, not 4"),
