@@ -20,7 +20,7 @@ import tables
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-RECIPES = ("smollm2-135m-mixed", "smollm2-135m-window", "smollm2-135m-linear")
+RECIPES = ("smollm2-135m-mixed", "smollm2-135m-window", "smollm2-135m-linear", "smollm2-135m-stock")
 ENCODERS = ("minilm-window", "minilm-hedgehog", "rxnmapper-window", "rxnmapper-hedgehog")
 KERNELS = ("cpu", "gpu")
 PAGE = "page"
@@ -156,6 +156,8 @@ def _conversion_tables(found: dict[str, Any]) -> list[str]:
             f"{entry['teacher']['decode_ms']:.0f} ms → {entry['student']['decode_ms']:.0f} ms per token "
             f"({entry['decode_speedup']:.2f}×); cache {entry['kv_ratio']:.2f}×, measured.",
         ]
+    if "note" in found:
+        lines += ["", found["note"]]
     return [*lines, ""]
 
 
