@@ -96,7 +96,9 @@ def test_bench_times_the_checkpoint_against_full_attention(attnconvert: Command,
 def test_inspect_shows_sites_plans_and_runs(attnconvert: Command, place: Path, whole: Path, tmp_path: Path) -> None:
     model = attnconvert("inspect", place / "model", "--json").document
     assert (model["class"], model["groups"], len(model["sites"])) == ("LlamaForCausalLM", 6, 3)
-    assert set(model["sites"][0]["operators"]) == {"full", "window", "span", "blocks", "retention", "linear", "hybrid"}
+    able = set(model["sites"][0]["operators"])  # those that another test brings from outside among them
+    assert able >= {"full", "window", "span", "blocks", "retention", "linear", "hybrid"}
+    assert not able & {"disc", "radial", "agent"}
     shutil.copy(whole / "recipe.yaml", tmp_path)
     begun = attnconvert("inspect", tmp_path, "--json").document
     assert {row["why"] for row in begun["stages"]} == {"not run yet"}

@@ -37,7 +37,7 @@ def exported(name, folder, dtype=None):
     return model, plan
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_it_loads_in_clean_processes_by_remote_code_and_by_import(tmp_path, name):
     model, _ = exported(name, tmp_path)
     found = verify(model, tmp_path)

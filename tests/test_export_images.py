@@ -67,6 +67,7 @@ def modules(tmp_path, monkeypatch):
     return tmp_path / "modules"
 
 
+@pytest.mark.slow
 def test_the_shipped_model_loads_in_clean_processes_by_remote_code_and_by_import(tmp_path) -> None:
     source = ModelSource(shipped="flux-mnist", dtype="float32")
     model = load_denoiser(fetch_denoiser(source), source).cpu()
